@@ -1,0 +1,17 @@
+"""hooks: what happens inside a looped model, and where.
+
+    from hooks import HookedLoopMDM
+
+    model = HookedLoopMDM.from_pretrained("zoo/automaton-loop")
+    logits, rec = model.run_with_cache(tokens, n_loops=8)
+    rec["blocks.2.hook_resid_post@3"]
+"""
+
+from hooks.hook_points import HookPoint
+from hooks.hooked import HookedLoopMDM
+from hooks.loopmdm import AdaptiveOutput, LoopMDM, LoopMDMConfig
+from hooks.recording import Recording
+from hooks.sites import Site, SiteError, SiteSpace, Topology
+
+__all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "Recording", "Site",
+           "SiteError", "SiteSpace", "Topology"]

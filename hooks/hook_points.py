@@ -1,0 +1,96 @@
+"""Where a model lets itself be observed: hook points that know which loop is running.
+
+A `HookPoint` is an identity that calls whatever was attached to it, in the manner of
+TransformerLens, with one thing more: a `LoopClock`, shared by the whole model, tells it
+the current loop, so that a function can be attached to loop 3 alone. It is a plain
+object, not an ``nn.Module``: an unhooked call costs some 50 ns, so that a model with
+hundreds of them runs as fast as one with none.
+
+    point = HookPoint("blocks.1.hook_resid_post", clock, looped=True)
+    point.add(lambda x, hook: x * 0, loops={3})     # hook.site == "blocks.1.hook_resid_post@3"
+    x = point(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class HookFunction(Protocol):
+    """TransformerLens' signature: returns a replacement, or None to leave the value alone."""
+
+    def __call__(self, activation: Tensor, /, *, hook: HookPoint) -> Tensor | None: ...
+
+
+class LoopClock:
+    """The loop that is running, shared by every hook point of a model.
+
+    ``runs`` counts forwards, ``ran`` is the number of loops of the last one, and
+    ``stopped_early`` says that it stopped adaptively before the loops it was allowed.
+    """
+
+    __slots__ = ("loop", "ran", "runs", "stopped_early")
+
+    def __init__(self) -> None:
+        self.loop = self.runs = self.ran = 0
+        self.stopped_early = False
+
+    def finish(self, ran: int, allowed: int) -> None:
+        """Note that a forward has run ``ran`` of ``allowed`` loops."""
+        self.runs += 1
+        self.ran, self.stopped_early = ran, ran < allowed
+
+
+class HookPoint:
+    """An identity that calls the functions attached to it.
+
+    ``name`` is the TransformerLens name; ``loop`` and ``site`` say which firing this is.
+    """
+
+    __slots__ = ("clock", "entries", "looped", "name")
+
+    def __init__(self, name: str, clock: LoopClock, looped: bool):
+        self.name = name
+        self.clock = clock
+        self.looped = looped
+        self.entries: list[tuple[Set[int] | None, HookFunction]] = []
+
+    def __repr__(self) -> str:
+        return f"HookPoint({self.name!r}, {len(self.entries)} attached)"
+
+    @property
+    def loop(self) -> int | None:
+        """The current loop, or None where the layer runs once."""
+        return self.clock.loop if self.looped else None
+
+    @property
+    def site(self) -> str:
+        return f"{self.name}@{self.clock.loop}" if self.looped else self.name
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        return self._fire(activation) if self.entries else activation
+
+    def wanted(self) -> bool:
+        """Is anything attached here for the loop that is running?"""
+        return any(loops is None or self.clock.loop in loops for loops, _ in self.entries)
+
+    def add(self, fn: HookFunction, loops: Set[int] | None = None) -> Callable[[], None]:
+        """Attach ``fn`` (at every loop if ``loops`` is None); returns what detaches it again."""
+        entry: Any = (loops, fn)
+        self.entries.append(entry)
+
+        def remove() -> None:
+            self.entries = [e for e in self.entries if e is not entry]
+
+        return remove
+
+    def _fire(self, activation: Tensor) -> Tensor:
+        for loops, fn in tuple(self.entries):
+            if loops is None or self.clock.loop in loops:
+                replacement = fn(activation, hook=self)
+                if replacement is not None:
+                    activation = replacement
+        return activation

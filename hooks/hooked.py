@@ -1,0 +1,243 @@
+"""HookedLoopMDM: a LoopMDM that records and is edited at any site, loop by loop.
+
+Signatures, names and defaults follow TransformerLens' HookedTransformer. Sites that
+cannot fire are refused before the run; hooks that should have fired and did not are an
+error after it; hooks are always removed. A model is held by one thread at a time.
+
+    model = HookedLoopMDM.from_pretrained("zoo/automaton-loop")
+    logits, rec = model.run_with_cache(tokens, n_loops=8, names_filter="blocks.*.hook_resid_post")
+    logits = model.run_with_hooks(tokens, n_loops=8, fwd_hooks=[("blocks.2.hook_resid_post@3", fn)])
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hooks.hook_points import HookFunction, HookPoint
+from hooks.loopmdm import LoopMDM, LoopMDMConfig
+from hooks.recording import Recorder, Recording, Reducer
+from hooks.sites import Site, SiteError, SitePattern
+
+HookList = Sequence[tuple[SitePattern, HookFunction]]
+"""[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``."""
+
+
+class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
+                    tags=["looped-transformer", "masked-diffusion"]):
+    """A LoopMDM with TransformerLens' recording and editing, per loop."""
+
+    def run_with_hooks(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
+                       fwd_hooks: HookList = (), bwd_hooks: HookList = (),
+                       t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch pos vocab"]:
+        """One forward with ``fwd_hooks`` attached; returns the logits.
+
+        A hook is called as ``fn(activation, hook=point)`` and may return a replacement.
+        ``bwd_hooks`` get the gradient at their site, when the caller runs backward inside
+        ``model.hooks(...)``; here they are refused, since the hooks are gone on return.
+        Raises SiteError, before running, for a site that cannot fire with ``n_loops`` loops.
+        """
+        if bwd_hooks:
+            raise ValueError("run_with_hooks removes its hooks when it returns, before a backward pass could use "
+                             "them: use `with model.hooks(bwd_hooks=...)` around forward and backward, or "
+                             "run_with_cache(loss_fn=...).")
+        with self.hooks(fwd_hooks=fwd_hooks, n_loops=n_loops):
+            return self(tokens, n_loops, t=t)
+
+    def run_with_cache(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
+                       names_filter: SitePattern = None, t: Float[Tensor, "batch"] | float | None = None,
+                       reduce: Reducer | None = None, pos_slice: slice | Tensor | None = None,
+                       dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                       loss_fn: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, ""]] | None = None,
+                       ) -> tuple[Float[Tensor, "batch pos vocab"], Recording]:
+        """One forward; returns the logits and a `Recording` of the sites that ``names_filter`` names.
+
+        By default every site but ``hook_result`` (large: name it to have it). With ``loss_fn``, a function
+        of the logits to a scalar, the backward pass runs too and ``recording.gradients`` holds the
+        gradient of that scalar at the same sites. ``reduce(activation, name)`` runs inside the hook.
+        """
+        recorder = Recorder(reduce=reduce, pos=pos_slice, dtype=dtype, device=device)
+        space = self.site_space(n_loops)
+        sites = space.resolve((lambda name: not name.endswith("hook_result")) if names_filter is None
+                              else names_filter)
+        patterns = [str(site) for site in sites]
+        backward = [(patterns, recorder.backward)] if loss_fn is not None else []
+        with self.hooks(fwd_hooks=[(patterns, recorder)], bwd_hooks=backward, n_loops=n_loops):
+            with torch.set_grad_enabled(loss_fn is not None or torch.is_grad_enabled()):
+                logits = self(tokens, n_loops, t=t)
+            if loss_fn is not None:
+                loss_fn(logits).backward()
+        names = {site.name: space.names[site.name] for site in sites}
+        topology = self.config.topology(n_loops)
+        gradients = Recording(recorder.gradients, names, topology=topology, reduced=reduce is not None)
+        return logits, Recording(recorder.held, names, topology=topology, reduced=reduce is not None,
+                                 gradients=gradients if loss_fn is not None else None)
+
+    @contextmanager
+    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), *,
+              n_loops: int | None = None) -> Iterator[HookedLoopMDM]:
+        """Attach hooks for the length of a ``with`` block, in which the caller runs the model.
+
+        Sites are resolved for forwards of ``n_loops`` loops (default max_loops). Raises SiteError before the
+        block for sites that cannot fire, and RuntimeError after it for a hook that did not fire although
+        a forward ran.
+        """
+        n_loops = self._checked_loops(n_loops)
+        space = self.site_space(n_loops)
+        with self.exclusive():
+            removers: list[Callable[[], None]] = []
+            pending: set[Site] = set()
+            try:
+                for pattern, fn in fwd_hooks:
+                    self._attach(space.resolve(pattern), fn, pending, removers)
+                for pattern, fn in bwd_hooks:
+                    self._attach(space.resolve(pattern), _on_backward(fn), set(), removers)
+                runs_before = self.clock.runs
+                yield self
+            finally:
+                for remove in removers:
+                    remove()
+            if self.clock.runs > runs_before:
+                self._refuse_unfired(pending, n_loops)
+
+    def add_hook(self, site: SitePattern, fn: HookFunction, *, n_loops: int | None = None) -> Callable[[], None]:
+        """Attach ``fn`` until the returned function (or `reset_hooks`) is called. Prefer `hooks`."""
+        removers: list[Callable[[], None]] = []
+        self._attach(self.site_space(n_loops).resolve(site), fn, set(), removers)
+
+        def detach() -> None:
+            for remove in removers:
+                remove()
+
+        return detach
+
+    def reset_hooks(self) -> None:
+        """Detach everything."""
+        for point in self.hook_points.values():
+            point.entries = []
+
+    def _attach(self, sites: list[Site], fn: HookFunction, pending: set[Site],
+                removers: list[Callable[[], None]]) -> None:
+        by_name: dict[str, set[int]] = {}
+        for site in sites:
+            by_name.setdefault(site.name, set()).update(site.loop)
+        pending.update(sites)
+        for name, loops in by_name.items():
+            point = self.hook_points[name]
+            removers.append(point.add(_ticking(fn, pending, point), loops if point.looped else None))
+
+    def _refuse_unfired(self, pending: set[Site], n_loops: int) -> None:
+        missed = sorted(str(site) for site in pending if not site.loop or site.loop[0] < self.clock.ran)
+        if not missed and pending and not self.clock.stopped_early:
+            missed = sorted(map(str, pending))
+        if missed:
+            raise RuntimeError(f"{len(missed)} hooked site(s) never fired, {missed[0]} first: the hooks were placed "
+                               f"for {n_loops} loops and the last forward ran {self.clock.ran}. Give hooks() and "
+                               "the forward the same n_loops.")
+
+    # ------------------------------------------------------------ saving, loading
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """config.json and model.safetensors, each written under a temporary name, then renamed."""
+        state = {key: value.contiguous() for key, value in self.state_dict().items()}
+        _replace(save_directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+        text = json.dumps(self.config.to_dict(), indent=1) + "\n"
+        _replace(save_directory / "config.json", lambda path: Path(path).write_text(text))
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision: str | None = None, cache_dir: str | Path | None = None,
+                         force_download: bool = False, local_files_only: bool = False,
+                         token: str | bool | None = None, map_location: str = "cpu", **model_kwargs: Any,
+                         ) -> HookedLoopMDM:
+        def file(name: str) -> Path:
+            if Path(model_id).is_dir():
+                path = Path(model_id) / name
+                if not path.exists():
+                    raise FileNotFoundError(f"{path} is missing: a model folder holds config.json and "
+                                            "model.safetensors.")
+                return path
+            try:
+                return Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token,
+                                            force_download=force_download, local_files_only=local_files_only))
+            except Exception as error:
+                raise FileNotFoundError(f"{model_id!r} is neither a folder here nor a model that could be fetched "
+                                        f"from the hub ({type(error).__name__}: {error})") from error
+
+        config = model_kwargs.get("config")
+        if not isinstance(config, LoopMDMConfig):
+            path = file("config.json")
+            try:
+                config = LoopMDMConfig.from_dict(json.loads(path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: {error}") from error
+        model = cls(config)
+        path = file("model.safetensors")
+        try:
+            state = load_file(path, device=map_location)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from error
+        _check_state(model, state, path)
+        model.load_state_dict(state)
+        return model.to(map_location).eval()
+
+
+def _ticking(fn: HookFunction, pending: set[Site], point: HookPoint) -> HookFunction:
+    """``fn``, crossing its site off ``pending`` when it fires."""
+    def call(activation: Tensor, /, *, hook: HookPoint) -> Tensor | None:
+        if pending:
+            pending.discard(Site(point.name, (point.clock.loop,), ("",)) if point.looped else Site(point.name))
+        return fn(activation, hook=hook)
+    return call
+
+
+def _on_backward(fn: HookFunction) -> HookFunction:
+    """A forward hook that registers ``fn`` on the activation's gradient, for the loop that is running."""
+    def call(activation: Tensor, /, *, hook: HookPoint) -> None:
+        if not activation.requires_grad:
+            raise RuntimeError(f"no gradient reaches {hook.site}: run the forward with gradients enabled, "
+                               "outside torch.no_grad() and with parameters that require them.")
+        frozen = HookPoint(hook.name, type(hook.clock)(), hook.looped)
+        frozen.clock.loop = hook.clock.loop
+        activation.register_hook(lambda gradient: fn(gradient, hook=frozen))
+    return call
+
+
+def _replace(path: Path, write: Callable[[str], Any]) -> None:
+    """Write through a temporary file in the same folder, so that ``path`` is never half-written."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _check_state(model: LoopMDM, state: dict[str, Tensor], path: Path) -> None:
+    """Every tensor there, none too many, each of the right shape; ValueError naming the file and the first mismatch."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is not part of this model" for key in state if key not in expected]
+    problems += [f"{key} has shape {tuple(state[key].shape)}, config.json asks for {shape}"
+                 for key, shape in expected.items() if key in state and tuple(state[key].shape) != shape]
+    if problems:
+        raise ValueError(f"{path} does not fit its config.json: {problems[0]}"
+                         + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+                         + ". Was one of them replaced without the other?")
+
+
+__all__ = ["HookList", "HookedLoopMDM", "SiteError"]

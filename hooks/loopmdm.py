@@ -1,0 +1,356 @@
+"""LoopMDM (2605.26106): a masked-diffusion denoiser that applies its middle layers S times.
+
+    H(0) = head(tokens),  H(k) = mid(H(k−1)) for k = 1..S,  logits = tail(H(S))
+
+The mid layers share their weights over the S loops, so S is a compute knob at inference.
+This file holds the configuration and the forward pass; `hooks.hooked` records and edits it,
+`hooks.diffusion` trains and samples it.
+
+    model = LoopMDM(LoopMDMConfig(vocab_size=3, mask_token_id=2, max_seq_len=96))
+    logits = model(tokens, n_loops=16)                        # [batch, pos, vocab]
+    logits, used = model.forward_adaptive(tokens, threshold=0.05, max_loops=32)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hooks.hook_points import HookPoint, LoopClock
+from hooks.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
+from hooks.sites import SiteSpace, Topology
+
+MASK_LOGIT = -1e6
+"""Added to the mask token's logit: a denoiser never predicts the mask (2406.07524)."""
+
+
+@dataclass(frozen=True)
+class LoopMDMConfig:
+    """Everything that shapes a LoopMDM. Illegal combinations raise ValueError here."""
+
+    vocab_size: int                  # number of tokens, the mask included
+    mask_token_id: int               # which of them is the mask
+    max_seq_len: int                 # longest sequence the model accepts
+    d_model: int = 64                # width of the residual stream
+    n_heads: int = 4                 # attention heads; must divide d_model
+    d_mlp: int = 256                 # hidden width of the MLP
+    n_head_layers: int = 1           # layers before the loop, run once
+    n_loop_layers: int = 2           # looped layers, sharing weights over loops
+    n_tail_layers: int = 1           # layers after the loop, run once
+    max_loops: int = 8               # S_max: training draws S from 1..S_max; 1 is an unlooped model
+    position: Literal["rotary", "learned", "both"] = "rotary"
+    rotary_base: float = 10_000.0    # base of the rotary wavelengths
+    position_groups: tuple[tuple[int, ...], ...] = ()  # learned positions as a sum of tables, each
+    #                                  indexed by one group id per position (row, column, box); () = one per position
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    qk_norm: bool = True             # RMS-normalise queries and keys per head
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    time_conditioning: Literal["none", "t", "sigma", "constant"] = "none"  # adaLN on t, on −log(1−t), on 0
+    d_cond: int = 128                # width of the timestep embedding, where there is one
+    input_injection: Literal["none", "add"] = "none"   # add the token embedding again at each loop
+    loop_embedding: Literal["none", "learned"] = "none"  # add a vector per loop index (the last one beyond S_max)
+    tie_embeddings: bool = False     # unembed with the embedding's transpose
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "max_seq_len", "d_model", "n_heads", "d_mlp", "n_loop_layers", "max_loops"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
+        for field in ("n_head_layers", "n_tail_layers"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must be at least 0, not {getattr(self, field)}.")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id {self.mask_token_id} is outside the vocabulary 0..{self.vocab_size - 1}; "
+                             "vocab_size counts the mask token too.")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}.")
+        if self.position != "learned" and self.d_head % 2:
+            raise ValueError(f"rotary positions need an even head width; d_model / n_heads is {self.d_head}.")
+        for field, allowed in (("position", ("rotary", "learned", "both")), ("norm", ("rms", "layer")),
+                               ("mlp", ("gelu", "swiglu")), ("input_injection", ("none", "add")),
+                               ("loop_embedding", ("none", "learned")),
+                               ("time_conditioning", ("none", "t", "sigma", "constant"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}.")
+        if any(len(group) != self.max_seq_len for group in self.position_groups):
+            raise ValueError(f"each of position_groups needs one id per position, {self.max_seq_len} in all.")
+        if self.position_groups and self.position == "rotary":
+            raise ValueError("position_groups are learned positions: set position='learned' or 'both'.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoopMDMConfig:
+        """Build from JSON. Raises ValueError for unknown or missing keys, naming them."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown configuration keys {unknown}; known ones are {sorted(known)}.")
+        if missing := sorted({"vocab_size", "mask_token_id", "max_seq_len"} - set(values)):
+            raise ValueError(f"configuration keys {missing} are missing.")
+        groups = tuple(tuple(group) for group in values.get("position_groups", ()))
+        return cls(**{**values, "position_groups": groups})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def n_layers(self) -> int:
+        """Physical layers, n_head + n_loop + n_tail."""
+        return self.n_head_layers + self.n_loop_layers + self.n_tail_layers
+
+    @property
+    def conditioned(self) -> bool:
+        return self.time_conditioning != "none"
+
+    def topology(self, n_loops: int | None = None) -> Topology:
+        """The unrolled layout for ``n_loops`` loops (default: max_loops)."""
+        return Topology(self.n_head_layers, self.n_loop_layers, self.n_tail_layers,
+                        self.max_loops if n_loops is None else n_loops)
+
+
+class AdaptiveOutput(NamedTuple):
+    """What `LoopMDM.forward_adaptive` returns."""
+
+    logits: Float[Tensor, "batch pos vocab"]
+    loops_used: Int[Tensor, "batch"]
+
+
+class LoopMDM(nn.Module):
+    """The looped denoiser, with hook points. Inference at any ``n_loops``, also above ``max_loops``.
+
+    Sites beside TransformerLens' own: ``hook_loop_in@k`` is the state that enters loop k,
+    ``hook_injection@k`` and ``hook_loop_embed@k`` what is added to it there, all
+    [batch, pos, d_model] and present only where the configuration has them.
+    """
+
+    position_ids: Int[Tensor, "group pos"]
+    rotary_cos: Float[Tensor, "pos d_head"]
+    rotary_sin: Float[Tensor, "pos d_head"]
+    mask_bias: Float[Tensor, "vocab"]
+
+    def __init__(self, config: LoopMDMConfig):
+        super().__init__()
+        self.config = config
+        self.clock = LoopClock()
+        self.hook_points: dict[str, HookPoint] = {}
+        self._lock = threading.RLock()
+        d = config.d_model
+        self.embed = nn.Embedding(config.vocab_size, d)
+        self.hook_embed = self._point("hook_embed")
+        self.pos_embed = nn.ModuleList()
+        if config.position != "rotary":
+            groups = config.position_groups or (tuple(range(config.max_seq_len)),)
+            self.pos_embed.extend(nn.Embedding(max(group) + 1, d) for group in groups)
+            self.register_buffer("position_ids", torch.tensor(groups), persistent=False)
+            self.hook_pos_embed = self._point("hook_pos_embed")
+        if config.position != "learned":
+            cos, sin = rotary_tables(config.max_seq_len, config.d_head, config.rotary_base)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+        self.time_embed = TimestepEmbedding(config.d_cond) if config.conditioned else None
+        self.blocks = nn.ModuleList(self._block(layer) for layer in range(config.n_head_layers))
+        self.hook_loop_in = self._point("hook_loop_in", looped=True)
+        if config.input_injection == "add":
+            self.hook_injection = self._point("hook_injection", looped=True)
+        if config.loop_embedding == "learned":
+            self.loop_embed = nn.Embedding(config.max_loops, d)
+            self.hook_loop_embed = self._point("hook_loop_embed", looped=True)
+        self.blocks.extend(self._block(layer) for layer in range(config.n_head_layers, config.n_layers))
+        self.ln_final = Norm(config.norm, d, config.norm_eps, self._point, "ln_final")
+        self.final_ada = nn.Linear(config.d_cond, 2 * d) if config.conditioned else None
+        self.unembed_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.unembed_weight = None if config.tie_embeddings else nn.Parameter(torch.zeros(config.vocab_size, d))
+        mask_bias = torch.zeros(config.vocab_size)
+        mask_bias[config.mask_token_id] = MASK_LOGIT
+        self.register_buffer("mask_bias", mask_bias, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights with variance 1/fan-in, unit-scale embeddings, zero unembedding and adaLN gates."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, generator=generator)
+        if self.config.tie_embeddings:
+            nn.init.normal_(self.embed.weight, std=self.config.d_model ** -0.5, generator=generator)
+        if self.config.loop_embedding == "learned":
+            nn.init.zeros_(self.loop_embed.weight)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith("ada"):
+                nn.init.zeros_(module.weight)
+
+    # ---------------------------------------------------------------- the model
+
+    def forward(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
+                t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch pos vocab"]:
+        """Logits over the vocabulary at every position.
+
+        ``n_loops`` defaults to ``config.max_loops``. ``t`` in (0, 1] is the noise level, read only
+        by models conditioned on time; by default it is the share of masked positions.
+        Raises ValueError for a bad shape, a token outside the vocabulary, or n_loops < 1.
+        """
+        with self._lock:
+            tokens, n_loops = self._checked(tokens, n_loops)
+            condition = self.condition(tokens, t)
+            x = embedded = self.embed_tokens(tokens)
+            x = self.head(x, condition)
+            for k in range(n_loops):
+                x = self.loop(x, k, embedded, condition)
+            self.clock.finish(n_loops, n_loops)
+            return self.tail(x, condition)
+
+    def forward_adaptive(self, tokens: Int[Tensor, "batch pos"], *, threshold: float, max_loops: int | None = None,
+                         t: Float[Tensor, "batch"] | float | None = None) -> AdaptiveOutput:
+        """Loop each example until ‖H(k) − H(k−1)‖ / ‖H(k−1)‖ < ``threshold``, at most ``max_loops`` times.
+
+        Norms are taken over positions and d_model together. An example that has stopped keeps its
+        state while the others go on. ``loops_used`` [batch] counts the loops applied to each.
+        """
+        if not threshold >= 0:
+            raise ValueError(f"threshold must be a relative change of at least 0, not {threshold}.")
+        with self._lock:
+            tokens, max_loops = self._checked(tokens, max_loops)
+            condition = self.condition(tokens, t)
+            embedded = self.embed_tokens(tokens)
+            x = self.head(embedded, condition)
+            running = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
+            used = torch.zeros(len(tokens), dtype=torch.long, device=x.device)
+            for k in range(max_loops):
+                new = self.loop(x, k, embedded, condition)
+                change = (new - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-12)
+                x = torch.where(running[:, None, None], new, x)
+                used += running
+                running = running & (change >= threshold)
+                if not running.any():
+                    break
+            self.clock.finish(k + 1, max_loops)
+            return AdaptiveOutput(self.tail(x, condition), used)
+
+    def embed_tokens(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Token embedding, plus learned positions where there are any."""
+        x = self.hook_embed(self.embed(tokens))
+        if self.config.position == "rotary":
+            return x
+        ids = self.position_ids[:, : tokens.shape[1]]
+        positions = torch.stack([table(group) for table, group in zip(self.pos_embed, ids, strict=True)]).sum(0)
+        return x + self.hook_pos_embed(positions.expand_as(x))
+
+    def condition(self, tokens: Int[Tensor, "batch pos"],
+                  t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch d_cond"] | None:
+        """The timestep embedding that adaLN reads, or None for a model without it."""
+        if self.time_embed is None:
+            return None
+        if t is None:
+            t = (tokens == self.config.mask_token_id).float().mean(1)
+        t = torch.as_tensor(t, dtype=torch.float32, device=tokens.device).expand(len(tokens))
+        kind = self.config.time_conditioning
+        level = 1000 * t if kind == "t" else -torch.log1p(-t.clamp(max=1 - 1e-4)) if kind == "sigma" else 0 * t
+        return self.time_embed(level)
+
+    def head(self, x: Float[Tensor, "batch pos d_model"],
+             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """The layers before the loop."""
+        return self._layers(x, 0, self.config.n_head_layers, condition)
+
+    def loop(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"],
+             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """One pass of the mid layers, as loop ``k``; ``embedded`` is what input injection adds."""
+        config = self.config
+        self.clock.loop = k
+        x = self.hook_loop_in(x)
+        if config.input_injection == "add":
+            x = x + self.hook_injection(embedded)
+        if config.loop_embedding == "learned":
+            x = x + self.hook_loop_embed(self.loop_embed.weight[min(k, config.max_loops - 1)].expand_as(x))
+        return self._layers(x, config.n_head_layers, config.n_head_layers + config.n_loop_layers, condition)
+
+    def tail(self, x: Float[Tensor, "batch pos d_model"],
+             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
+        """The layers after the loop, and the unembedding."""
+        x = self._layers(x, self.config.n_head_layers + self.config.n_loop_layers, self.config.n_layers, condition)
+        return self.unembed(x, condition)
+
+    def unembed(self, x: Float[Tensor, "batch pos d_model"],
+                condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
+        """Final norm and unembedding: the logit lens of a residual-stream state."""
+        x = self.ln_final(x)
+        if self.final_ada is not None:
+            shift, scale = self.final_ada(condition)[:, None].chunk(2, dim=-1)
+            x = x * (1 + scale) + shift
+        weight = self.embed.weight if self.unembed_weight is None else self.unembed_weight
+        return F.linear(x, weight, self.unembed_bias + self.mask_bias)
+
+    # ------------------------------------------------------- where it can be seen
+
+    def site_space(self, n_loops: int | None = None) -> SiteSpace:
+        """Every site that fires in a forward of ``n_loops`` loops."""
+        n_loops = self._checked_loops(n_loops)
+        return SiteSpace({name: (("", n_loops),) if point.looped else () for name, point in self.hook_points.items()})
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the model: forwards and hooks of other threads wait."""
+        with self._lock:
+            yield
+
+    # ------------------------------------------------------------------ private
+
+    def _point(self, name: str, looped: bool = False) -> HookPoint:
+        self.hook_points[name] = HookPoint(name, self.clock, looped)
+        return self.hook_points[name]
+
+    def _block(self, layer: int) -> Block:
+        looped = self.config.topology().is_looped(layer)
+        return Block(self.config, layer, lambda name: self._point(name, looped))
+
+    def _layers(self, x: Tensor, start: int, stop: int, condition: Tensor | None) -> Tensor:
+        rotary: Rotary | None = None
+        if self.config.position != "learned":
+            pos = x.shape[1]
+            rotary = self.rotary_cos[:pos], self.rotary_sin[:pos]
+        for layer in range(start, stop):
+            x = self.blocks[layer](x, rotary, condition)
+        return x
+
+    def _checked_loops(self, n_loops: int | None) -> int:
+        n_loops = self.config.max_loops if n_loops is None else n_loops
+        if not isinstance(n_loops, int) or isinstance(n_loops, bool) or n_loops < 1:
+            raise ValueError(f"n_loops must be a whole number of at least 1, not {n_loops!r}.")
+        return n_loops
+
+    def _checked(self, tokens: Tensor, n_loops: int | None) -> tuple[Tensor, int]:
+        config = self.config
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, pos], not of shape {tuple(tokens.shape)}; "
+                             "a single sequence is tokens[None].")
+        if tokens.is_floating_point() or tokens.is_complex():
+            raise ValueError(f"tokens must be integers, not {tokens.dtype}.")
+        if tokens.shape[1] > config.max_seq_len:
+            raise ValueError(f"the sequence has {tokens.shape[1]} positions, the model takes at most "
+                             f"{config.max_seq_len} (max_seq_len): cut it, or train a longer model.")
+        if not torch.compiler.is_compiling() and tokens.numel():
+            low, high = (int(v) for v in torch.aminmax(tokens))
+            if low < 0 or high >= config.vocab_size:
+                raise ValueError(f"tokens hold the ids {low}..{high}, the vocabulary is 0..{config.vocab_size - 1}: "
+                                 "they were encoded for another model.")
+        return tokens, self._checked_loops(n_loops)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()

@@ -1,0 +1,200 @@
+"""Names of places inside a looped model: ``blocks.2.hook_resid_post@3``.
+
+First stop of the way hooks → probes → studies → app. A **site** is a hook-point
+name in TransformerLens' vocabulary, plus ``@loop`` where the layer is looped.
+A `SiteSpace` knows which sites can fire in one particular run, and turns what a
+user wrote (a name, a glob, a predicate) into sites, or says what is wrong.
+
+    space = SiteSpace({"hook_embed": (), "blocks.1.hook_resid_post": (("", 8),)})
+    space.resolve("blocks.*.hook_resid_post@-1")      # [Site 'blocks.1.hook_resid_post@7']
+    space.resolve("blocks.1.hook_resid_post@8")       # SiteError: loops are 0..7
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+LoopAxes = tuple[tuple[str, int], ...]
+"""How a name is looped: (letter, count) per nesting level, outermost first; () if it is not."""
+
+SitePattern = str | Callable[[str], bool] | Iterable[str] | None
+"""What a user may write: one pattern, several, a predicate on full names, or None for all."""
+
+
+class SiteError(ValueError):
+    """A site that cannot fire in this run, or that is not in this recording."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place: a hook-point name, and which firing of it.
+
+    ``loop`` is () for a layer that runs once, (k,) inside one loop, and (h, l) in
+    nested cycles, whose letters are in ``axes``: ``L.1.hook_out@h2.l0``.
+    """
+
+    name: str
+    loop: tuple[int, ...] = ()
+    axes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.loop:
+            return self.name
+        return f"{self.name}@{'.'.join(f'{a}{i}' for a, i in zip(self.axes, self.loop, strict=True))}"
+
+
+def split(pattern: str) -> tuple[str, str | None]:
+    """``"name@3"`` → ``("name", "3")``; ``"name"`` → ``("name", None)``."""
+    name, at, loop = pattern.partition("@")
+    if at and not loop:
+        raise SiteError(f"{pattern!r} ends in '@': write a loop number after it, or '@*' for every loop.")
+    return name, loop if at else None
+
+
+class SiteSpace:
+    """All the sites that fire in one run, in the order in which the names were given."""
+
+    def __init__(self, names: Mapping[str, LoopAxes]):
+        self.names: dict[str, LoopAxes] = dict(names)
+
+    def __repr__(self) -> str:
+        return f"SiteSpace({len(self.names)} names, {len(self.all())} sites)"
+
+    def firings(self, name: str) -> list[Site]:
+        """Every site of one name, loop by loop."""
+        axes = self.names[name]
+        letters = tuple(letter for letter, _ in axes)
+        return [Site(name, loop, letters) for loop in itertools.product(*(range(n) for _, n in axes))]
+
+    def all(self) -> list[Site]:
+        return [site for name in self.names for site in self.firings(name)]
+
+    def resolve(self, patterns: SitePattern) -> list[Site]:
+        """The sites that ``patterns`` name, each once, in the space's order.
+
+        A looped name without ``@`` means every loop. Raises `SiteError` for a pattern
+        that matches nothing in this run, with the nearest sites that exist.
+        """
+        if patterns is None:
+            return self.all()
+        if callable(patterns):
+            chosen = [site for site in self.all() if patterns(str(site)) or patterns(site.name)]
+            if not chosen:
+                raise SiteError("names_filter accepted none of the sites of this run; "
+                                f"they are, for example, {self._some(self.names)}.")
+            return chosen
+        wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+        if not wanted:
+            raise SiteError("An empty list of sites was given: name at least one, or pass None for all.")
+        found = {site for pattern in wanted for site in self._resolve_one(pattern)}
+        return [site for name in self.names for site in self.firings(name) if site in found]
+
+    def one(self, pattern: str) -> Site:
+        """The single site that ``pattern`` names; `SiteError` if it names several."""
+        sites = self._resolve_one(pattern)
+        if len(sites) > 1:
+            raise SiteError(f"{pattern!r} names {len(sites)} sites, from {sites[0]} to {sites[-1]}; "
+                            f"say which one ('@0', '@-1'), or use stack() for all of them.")
+        return sites[0]
+
+    # ------------------------------------------------------------------ private
+
+    def _resolve_one(self, pattern: str) -> list[Site]:
+        if not isinstance(pattern, str):
+            raise SiteError(f"A site is a string such as 'blocks.0.hook_resid_post', not {pattern!r}.")
+        name, at = split(pattern)
+        names = [n for n in self.names if fnmatch.fnmatchcase(n, name)]
+        if not names:
+            raise SiteError(f"No site is called {name!r}. Nearest: {self._nearest(name)}.")
+        if at is None:
+            return [site for n in names for site in self.firings(n)]
+        looped = [n for n in names if self.names[n]]
+        if not looped:
+            raise SiteError(f"{name!r} runs once per forward and takes no '@{at}': write {names[0]!r}. "
+                            f"Only looped layers have loops.")
+        sites = [site for n in looped if len(axes := self.names[n]) == at.count(".") + 1 or at == "*"
+                 for site in self._at(n, at, axes, pattern)]
+        if not sites:
+            axes = self.names[looped[0]]
+            example = ".".join(f"{letter}0" for letter, _ in axes)
+            raise SiteError(f"{pattern!r}: {looped[0]} is looped over {len(axes)} cycles; write '@{example}'.")
+        return sites
+
+    def _at(self, name: str, at: str, axes: LoopAxes, pattern: str) -> list[Site]:
+        if at == "*":
+            return self.firings(name)
+        parts = at.split(".")
+        chosen = []
+        for part, (letter, count) in zip(parts, axes, strict=True):
+            if letter and not part.startswith(letter):
+                raise SiteError(f"{pattern!r}: the loops of {name} are written "
+                                f"'@{'.'.join(f'{a}0' for a, _ in axes)}'.")
+            chosen.append(_indices(part[len(letter):], count, pattern, name))
+        letters = tuple(letter for letter, _ in axes)
+        return [Site(name, loop, letters) for loop in itertools.product(*chosen)]
+
+    def _nearest(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.4)
+        return self._some(near or self.names)
+
+    @staticmethod
+    def _some(names: Iterable[str]) -> str:
+        listed = list(names)
+        return ", ".join(repr(n) for n in listed[:3]) + (" …" if len(listed) > 3 else "")
+
+
+def _indices(text: str, count: int, pattern: str, name: str) -> list[int]:
+    """``"*"``, ``"3"``, ``"-1"`` or ``"1:4"`` as loop numbers below ``count``."""
+    if text == "*":
+        return list(range(count))
+    try:
+        if ":" in text:
+            start, stop = text.split(":")
+            picked = list(range(count))[slice(int(start) if start else None, int(stop) if stop else None)]
+        else:
+            index = int(text)
+            picked = [index + count if index < 0 else index]
+    except ValueError:
+        raise SiteError(f"{pattern!r}: {text!r} is not a loop; write a number, '-1', '1:4' or '*'.") from None
+    if not picked or not all(0 <= i < count for i in picked):
+        raise SiteError(f"{pattern!r} cannot fire: {name} runs {count} loop{'s' * (count != 1)} here, "
+                        f"numbered 0..{count - 1}. Nearest: '{name}@{count - 1}'. "
+                        f"Pass a larger n_loops to run more.")
+    return picked
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which layers of a head → mid^S → tail model are looped, and how often in this run."""
+
+    n_head: int
+    n_mid: int
+    n_tail: int
+    n_loops: int
+
+    @property
+    def n_layers(self) -> int:
+        return self.n_head + self.n_mid + self.n_tail
+
+    @property
+    def depth(self) -> int:
+        """Number of layers of the unrolled network, n_head + n_loops · n_mid + n_tail."""
+        return self.n_head + self.n_loops * self.n_mid + self.n_tail
+
+    def is_looped(self, layer: int) -> bool:
+        return self.n_head <= layer < self.n_head + self.n_mid
+
+    def unrolled(self) -> list[tuple[int, int | None]]:
+        """(layer, loop) at each depth; loop is None in head and tail."""
+        once: list[tuple[int, int | None]] = [(layer, None) for layer in range(self.n_layers)]
+        mid = [(self.n_head + i, k) for k in range(self.n_loops) for i in range(self.n_mid)]
+        return [*once[: self.n_head], *mid, *once[self.n_head + self.n_mid:]]
+
+    def site_at(self, depth: int, hook: str = "hook_resid_post") -> str:
+        """The site of ``hook`` at an unrolled depth: ``site_at(3) == "blocks.1.hook_resid_post@1"``."""
+        layer, loop = self.unrolled()[depth]
+        return f"blocks.{layer}.{hook}" + ("" if loop is None else f"@{loop}")
