@@ -22,7 +22,7 @@ LoopAxes = tuple[tuple[str, int], ...]
 """How a name is looped: (letter, count) per nesting level, outermost first; () if it is not."""
 
 SitePattern = str | Callable[[str], bool] | Iterable[str] | None
-"""What a user may write: one pattern, several, a predicate on full names, or None for all."""
+"""What a user may write: one pattern, several, a predicate on names (without loops), or None for all."""
 
 
 class SiteError(ValueError):
@@ -82,7 +82,7 @@ class SiteSpace:
         if patterns is None:
             return self.all()
         if callable(patterns):
-            chosen = [site for site in self.all() if patterns(str(site)) or patterns(site.name)]
+            chosen = [site for name in self.names if patterns(name) for site in self.firings(name)]
             if not chosen:
                 raise SiteError("names_filter accepted none of the sites of this run; "
                                 f"they are, for example, {self._some(self.names)}.")
