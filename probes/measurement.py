@@ -1,0 +1,35 @@
+"""A measurement: values with named axes, units, a definition and its source.
+
+No bare array crosses a module's border: every probe returns xarray objects made here, so
+that a figure can label itself and a reader can check what was measured.
+
+    array = measurement(values, ("depth", "pos"), long_name="step size", units="1",
+                        definition="‖X_k − X_(k−1)‖ / ‖X_(k−1)‖", source="arXiv 2509.23314", coords={...})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from hooks import Topology
+
+
+def measurement(values: Tensor | np.ndarray | Sequence[Any], dims: Sequence[str], *, long_name: str, units: str,
+                definition: str, source: str, coords: Mapping[Hashable, Any] | None = None) -> xr.DataArray:
+    """A labelled array. ``units`` is "1" for pure numbers, "nat", "bit" or "probability" where they apply."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().float().numpy() if values.is_floating_point() else values.detach().cpu().numpy()
+    return xr.DataArray(np.asarray(values), dims=tuple(dims), coords=dict(coords or {}),
+                        attrs={"long_name": long_name, "units": units, "definition": definition, "source": source})
+
+
+def depth_coords(topology: Topology) -> dict[Hashable, Any]:
+    """Coordinates of the depth axis: ``layer``, and ``loop`` (−1 where a layer runs once)."""
+    layers, loops = zip(*topology.unrolled(), strict=True)
+    return {"depth": np.arange(topology.depth), "layer": ("depth", np.array(layers)),
+            "loop": ("depth", np.array([-1 if k is None else k for k in loops]))}

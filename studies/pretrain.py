@@ -1,0 +1,85 @@
+"""Train a LoopMDM beside its unlooped twin and deep twin, at equal training FLOPs.
+
+    python studies/pretrain.py --preset automaton                      # the triplet, seed 0
+    python studies/pretrain.py --preset automaton --kinds loop --seeds 1 2
+    python studies/pretrain.py --list                                  # tasks and presets
+
+The twin has the LoopMDM's parameters and runs its layers once; the deep twin has as many
+layers as the LoopMDM applies on average. Every run stops at the same counted FLOPs. A run
+that is killed goes on from its last checkpoint when the same command is given again, and
+ends in the same weights. Finished runs become zoo entries with a card.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from studies.presets import PRESETS
+from studies.training import Kind, train
+from studies.zoo import ZOO, export
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train a preset and export it to the zoo."""
+
+    preset: str = "automaton"
+    """Which task and recipe; --list shows them."""
+    kinds: tuple[Kind, ...] = ("loop", "twin", "deep")
+    """Which of the triplet."""
+    seeds: tuple[int, ...] = (0,)
+    """One run per seed. Seed 0 is the bundled one; others get the variant s<seed>."""
+    steps: int | None = None
+    """LoopMDM steps whose FLOPs are everyone's budget; the preset's by default."""
+    time_budget_min: float | None = None
+    """Stop after so many minutes in all, with a checkpoint; the same command goes on from there."""
+    zoo: Path = ZOO
+    """Where finished models go."""
+    runs: Path = Path("runs")
+    """Where checkpoints and metrics live while training."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int | None = None
+    """CPU threads; two runs of one thread each are faster than one of two."""
+    list: bool = False
+    """List tasks and presets, and stop."""
+
+
+def main(args: Pretrain) -> int:
+    """Train and export; returns the exit status, 3 if the time budget ran out."""
+    import time
+
+    if args.list:
+        for name, preset in PRESETS.items():
+            print(f"{name:24} {preset.task}, {preset.steps} steps, {preset.minutes} minutes")
+        return 0
+    if args.preset not in PRESETS:
+        print(f"no preset is called {args.preset!r}; there are {', '.join(PRESETS)}.", file=sys.stderr)
+        return 2
+    preset = PRESETS[args.preset]
+    deadline = None if args.time_budget_min is None else time.monotonic() + 60 * args.time_budget_min
+    for seed in args.seeds:
+        for kind in args.kinds:
+            left = None if deadline is None else max(1.0, deadline - time.monotonic())
+            overrides = {} if args.steps is None else {"steps": args.steps}
+            variant = "-".join(filter(None, (preset.variant, f"s{seed}" if seed else "")))
+            name = "-".join(filter(None, (preset.task.name, kind, variant)))
+            config = preset.train_config(kind, seed, time_budget_s=left, out=str(args.runs / name),
+                                         device=args.device, threads=args.threads, **overrides)
+            result = train(config)
+            if not result.finished:
+                print(f"{name}: stopped by the time budget at step {result.step}; give the command again to go on.")
+                return 3
+            command = f"python studies/pretrain.py --preset {args.preset} --kinds {kind} --seeds {seed}" + (
+                f" --steps {args.steps}" if args.steps else "")
+            folder = export(config, result, variant=variant, zoo=args.zoo, command=command)
+            print(f"{name}: {result.step} steps, {result.flops:.3g} FLOPs, {result.seconds:.0f} s → {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Pretrain)))

@@ -1,0 +1,245 @@
+"""The training loop: one model, one seed, a budget of FLOPs, exact resume.
+
+Everything random at step n (examples, noise levels, masks, loop count) comes from a
+generator seeded by (seed, n), so that a run killed at any moment and resumed from its last
+checkpoint ends in the same weights, bit for bit, as one that was never interrupted.
+
+    result = train(TrainConfig(task=Automaton(), kind="loop", budget_flops=1e13, out="runs/a"))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hooks import HookedLoopMDM, LoopMDMConfig
+from hooks.diffusion import antithetic_t, corrupt, nelbo
+from studies.flops import mean_loops, training_flops
+from studies.tasks import Automaton, Task
+
+Kind = Literal["loop", "twin", "deep"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    task: Task = field(default_factory=Automaton)  # what to learn, with its difficulty
+    kind: Kind = "loop"              # loop; twin: unlooped, equal parameters; deep: unlooped, equal per-step compute
+    model: dict[str, Any] = field(default_factory=dict)  # LoopMDMConfig fields that differ from the task's defaults
+    seed: int = 0
+    budget_flops: float = 3e13       # training FLOPs, counted by studies.flops; equal over a triplet
+    batch_size: int = 32
+    lr: float = 2e-3                 # peak; cosine to a tenth of it over the budget
+    warmup_steps: int = 200
+    weight_decay: float = 0.01       # on matrices only
+    ema_decay: float = 0.999         # of the weights that are evaluated and saved
+    grad_clip: float = 1.0
+    loss_on: Literal["last", "every"] = "last"  # the last loop's output, or every loop's, weighted by loop
+    eval_every: int = 250            # steps between evaluations and checkpoints
+    eval_examples: int = 256
+    time_budget_s: float | None = None  # stop, with a checkpoint, after so many seconds of this call
+    out: str = "runs/run"            # folder of checkpoint and metrics
+    device: str = "cpu"
+    threads: int | None = None       # torch's intra-op threads on CPU; None leaves them
+
+    def model_config(self) -> LoopMDMConfig:
+        """The architecture of this kind: the looped one, or its unlooped twin or deep twin."""
+        base = LoopMDMConfig(vocab_size=self.task.vocab_size, mask_token_id=self.task.mask_token_id,
+                             max_seq_len=self.task.seq_len, **{**self.task.model_defaults(), **self.model})
+        if self.kind == "loop":
+            return base
+        layers = base.n_loop_layers * (1 if self.kind == "twin" else mean_loops(base))
+        return replace(base, n_loop_layers=round(layers), max_loops=1, loop_embedding="none")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` leaves: the EMA model and how far it came."""
+
+    model: HookedLoopMDM
+    step: int
+    flops: float
+    finished: bool
+    seconds: float     # of training, over all calls
+    tokens: int
+    metrics: list[dict[str, float]]
+
+
+def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
+          on_eval: Callable[[dict[str, float]], None] | None = None) -> TrainResult:
+    """Train until the FLOP budget or the time budget is spent; resume from ``config.out`` if it holds a checkpoint.
+
+    Raises ValueError if the checkpoint there belongs to another configuration.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = _Run(config)
+    if resume:
+        run.restore()
+    began, seconds_before = time.monotonic(), run.seconds
+    bar = tqdm(total=1.0, initial=min(run.flops / config.budget_flops, 1), disable=not progress,
+               bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+    while run.flops < config.budget_flops:
+        before = run.flops
+        loss = run.step_once()
+        run.seconds = seconds_before + time.monotonic() - began
+        bar.set_description(f"{config.task.name}-{config.kind} seed {config.seed} step {run.step} loss {loss:.3f}")
+        bar.update((min(run.flops, config.budget_flops) - before) / config.budget_flops)
+        finished = run.flops >= config.budget_flops
+        if run.step % config.eval_every == 0 or finished:
+            run.note(run.evaluate(loss))
+            run.save()
+            if on_eval is not None:
+                on_eval(run.metrics[-1])
+        if config.time_budget_s is not None and time.monotonic() - began > config.time_budget_s and not finished:
+            run.save()
+            break
+    bar.close()
+    return TrainResult(run.ema_model(), run.step, run.flops, run.flops >= config.budget_flops, run.seconds,
+                       run.step * config.batch_size * config.task.seq_len, run.metrics)
+
+
+class _Run:
+    """The mutable state of a run: weights, their average, the optimiser, and the counters."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.task = config, config.task
+        torch.manual_seed(config.seed)
+        self.model = HookedLoopMDM(config.model_config()).to(config.device)
+        self.model.train()
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
+                                            {"params": others, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, 0.99))
+        self.ema = [p.detach().clone() for p in self.model.parameters()]
+        self.step, self.flops, self.seconds = 0, 0.0, 0.0
+        self.metrics: list[dict[str, float]] = []
+        self.path = Path(config.out)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def step_once(self) -> float:
+        """One optimiser step; returns the loss in nats per free token."""
+        config, task = self.config, self.task
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        batch = task.sample(config.batch_size, seed=config.seed * 1_000_003 + self.step)
+        t = antithetic_t(config.batch_size, generator=generator)
+        noised = corrupt(batch.tokens, t, task.mask_token_id, free=batch.free, generator=generator)
+        n_loops = int(torch.randint(1, self.model.config.max_loops + 1, (), generator=generator))
+        tokens, free, noised, t = (x.to(config.device) for x in (batch.tokens, batch.free, noised, t))
+        lr = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._loss(tokens, free, noised, t, n_loops)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1 - decay)
+        self.step += 1
+        self.flops += config.batch_size * training_flops(self.model.config, seq_len=task.seq_len, n_loops=n_loops)
+        return float(loss.detach())
+
+    def _loss(self, tokens: Tensor, free: Tensor, noised: Tensor, t: Tensor, n_loops: int) -> Tensor:
+        mask = self.task.mask_token_id
+        if self.config.loss_on == "last":
+            return nelbo(self.model(noised, n_loops, t=t), tokens, noised, t, mask, free=free)
+        condition = self.model.condition(noised, t)
+        embedded = self.model.embed_tokens(noised)
+        x = self.model.head(embedded, condition)
+        total = torch.zeros((), device=tokens.device)
+        for k in range(n_loops):
+            x = self.model.loop(x, k, embedded, condition)
+            total = total + (k + 1) * nelbo(self.model.tail(x, condition), tokens, noised, t, mask, free=free)
+        return total / (n_loops * (n_loops + 1) / 2)
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        warm = min(1.0, (self.step + 1) / config.warmup_steps)
+        done = min(1.0, self.flops / config.budget_flops)
+        return config.lr * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    # -------------------------------------------------------------- evaluation
+
+    def ema_model(self) -> HookedLoopMDM:
+        """A model with the averaged weights, in evaluation mode."""
+        model = HookedLoopMDM(self.model.config).to(self.config.device)
+        with torch.no_grad():
+            for parameter, average in zip(model.parameters(), self.ema, strict=True):
+                parameter.copy_(average)
+        return model.eval()
+
+    @torch.no_grad()
+    def evaluate(self, loss: float) -> dict[str, float]:
+        """Held-out accuracy with every free position masked, in one forward, at 1 loop and at S_max."""
+        batch = self.task.sample(self.config.eval_examples, seed=0, split="test")
+        tokens, free = batch.tokens.to(self.config.device), batch.free.to(self.config.device)
+        model = self.ema_model()
+        row: dict[str, float] = {"step": self.step, "flops": self.flops, "seconds": round(self.seconds, 1),
+                                 "lr": self._learning_rate(), "train_loss": loss}
+        noised = tokens.masked_fill(free, self.task.mask_token_id)
+        for n_loops in sorted({1, model.config.max_loops}):
+            predicted = model(noised, n_loops, t=1.0).argmax(-1).cpu()
+            for name, value in self.task.score(predicted, batch).items():
+                row[f"{name}@{n_loops}"] = float(value.mean())
+        generator = torch.Generator().manual_seed(1)
+        t = antithetic_t(len(tokens), generator=generator)
+        noised = corrupt(batch.tokens, t, self.task.mask_token_id, free=batch.free, generator=generator)
+        noised, t = noised.to(self.config.device), t.to(self.config.device)
+        row["nelbo"] = float(nelbo(model(noised, t=t), tokens, noised, t, self.task.mask_token_id, free=free))
+        return row
+
+    # ------------------------------------------------------------- checkpoints
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that resumes it."""
+        c = self.config
+        return {"task": self.task.to_dict(), "kind": c.kind, "model": self.model.config.to_dict(), "seed": c.seed,
+                "budget_flops": c.budget_flops, "batch_size": c.batch_size, "lr": c.lr, "loss_on": c.loss_on,
+                "warmup_steps": c.warmup_steps, "weight_decay": c.weight_decay, "ema_decay": c.ema_decay,
+                "grad_clip": c.grad_clip}
+
+    def note(self, row: dict[str, float]) -> None:
+        """Keep a row of metrics, and append it to the file that a reader may follow."""
+        self.metrics.append(row)
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict(),
+                 "step": self.step, "flops": self.flops, "seconds": self.seconds,
+                 "metrics": json.dumps(self.metrics), "identity": json.dumps(self.identity(), sort_keys=True)}
+        temporary = self.path / "checkpoint.pt.tmp"
+        torch.save(state, temporary)
+        os.replace(temporary, self.path / "checkpoint.pt")
+
+    def restore(self) -> None:
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.config.device, weights_only=True)
+        ours, theirs = json.loads(json.dumps(self.identity())), json.loads(state["identity"])
+        if ours != theirs:
+            changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            raise ValueError(f"{path} belongs to a run with another {', '.join(changed)}: give another out folder, "
+                             "or start afresh with resume off.")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = state["ema"]
+        self.step, self.flops, self.seconds = state["step"], state["flops"], state["seconds"]
+        self.metrics = json.loads(state["metrics"])
+        lines = "".join(json.dumps(row) + "\n" for row in self.metrics)  # rows after the checkpoint are run again
+        temporary = self.path / "metrics.jsonl.tmp"
+        temporary.write_text(lines)
+        os.replace(temporary, self.path / "metrics.jsonl")
