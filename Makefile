@@ -1,0 +1,40 @@
+# Every target sets up .venv by itself; a fresh clone needs only python3 (3.11 to 3.13) with venv and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+PORT ?= 8501
+# For example PIP_ARGS="--extra-index-url https://…/whl/cpu" to take the CPU build of torch on Linux.
+PIP_ARGS ?=
+
+.PHONY: app test fast lint study bench clean
+
+app: $(STAMP)  ## open the explorer on the bundled models and results
+	$(BIN)/streamlit run app/main.py --server.port $(PORT)
+
+test: $(STAMP)  ## run every test, browser tests too (they need Chromium: see README)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+fast: $(STAMP)  ## run the tests that take seconds
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+
+lint: $(STAMP)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+study: $(STAMP)  ## ask the headline question of the bundled models again
+	$(BIN)/python studies/rerun.py
+
+bench: $(STAMP)  ## speed and memory against the peers
+	$(BIN)/python -m benchmarks
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"LoopScope needs Python 3.11 to 3.13, this is {sys.version.split()[0]}: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+clean:  ## remove what was set up
+	rm -rf $(VENV) *.egg-info
