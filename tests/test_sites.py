@@ -1,0 +1,106 @@
+"""Names of places: what patterns mean, and what is said when they mean nothing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hooks import Site, SiteError, SiteSpace, Topology
+from hooks.sites import split
+
+SPACE = SiteSpace({"hook_embed": (), "blocks.0.hook_resid_post": (), "blocks.1.hook_resid_post": (("", 8),),
+                   "blocks.2.hook_resid_post": (("", 8),), "L.1.hook_out": (("h", 2), ("l", 3))})
+
+
+def names(patterns: object) -> list[str]:
+    return [str(site) for site in SPACE.resolve(patterns)]  # type: ignore[arg-type]
+
+
+def test_a_looped_name_means_every_loop_and_minus_one_the_last() -> None:
+    assert names("blocks.1.hook_resid_post") == [f"blocks.1.hook_resid_post@{k}" for k in range(8)]
+    assert names("blocks.1.hook_resid_post@-1") == ["blocks.1.hook_resid_post@7"]
+    assert names("blocks.1.hook_resid_post@2:4") == ["blocks.1.hook_resid_post@2", "blocks.1.hook_resid_post@3"]
+    assert names("blocks.1.hook_resid_post@-2:") == ["blocks.1.hook_resid_post@6", "blocks.1.hook_resid_post@7"]
+
+
+def test_globs_cover_looped_and_unlooped_names() -> None:
+    assert names("blocks.*.hook_resid_post@3") == ["blocks.1.hook_resid_post@3", "blocks.2.hook_resid_post@3"]
+    assert len(names("blocks.*.hook_resid_post")) == 1 + 8 + 8
+    assert len(names(None)) == len(SPACE.all()) == 1 + 1 + 8 + 8 + 6
+
+
+def test_several_patterns_give_each_site_once_in_the_order_of_the_space() -> None:
+    assert names(["blocks.1.hook_resid_post@1", "hook_embed", "blocks.1.*@0:2"]) == [
+        "hook_embed", "blocks.1.hook_resid_post@0", "blocks.1.hook_resid_post@1"]
+
+
+def test_predicates_see_names_without_loops() -> None:
+    seen: list[str] = []
+    assert len(SPACE.resolve(lambda name: not seen.append(name) and name.startswith("blocks.1"))) == 8
+    assert seen == list(SPACE.names)
+
+
+def test_nested_cycles_have_two_indices() -> None:
+    assert names("L.1.hook_out@h1.l2") == ["L.1.hook_out@h1.l2"]
+    assert names("L.1.hook_out@h-1.l*") == [f"L.1.hook_out@h1.l{k}" for k in range(3)]
+    assert names("L.1.hook_out@h*.l0") == ["L.1.hook_out@h0.l0", "L.1.hook_out@h1.l0"]
+
+
+@pytest.mark.parametrize(("pattern", "message"), [
+    ("blocks.1.hook_resid_post@8", r"'blocks.1.hook_resid_post@8' cannot fire: blocks.1.hook_resid_post runs 8 loops "
+                                   r"here, numbered 0..7. Nearest: 'blocks.1.hook_resid_post@7'. Pass a larger n_loops"),
+    ("blocks.1.hook_resid_post@-9", "cannot fire"),
+    ("blocks.1.hook_resid_pots", "No site is called 'blocks.1.hook_resid_pots'. Nearest: 'blocks.1.hook_resid_post'"),
+    ("hook_embed@0", "'hook_embed' runs once per forward and takes no '@0': write 'hook_embed'"),
+    ("blocks.1.hook_resid_post@", "ends in '@': write a loop number after it"),
+    ("blocks.1.hook_resid_post@x", "'x' is not a loop; write a number"),
+    ("L.1.hook_out@3", "L.1.hook_out is looped over 2 cycles; write '@h0.l0'"),
+    ("L.1.hook_out@l0.h0", "the loops of L.1.hook_out are written '@h0.l0'"),
+    ([], "An empty list of sites"),
+    ([3], "A site is a string such as"),
+    (lambda name: False, "names_filter accepted none of the sites"),
+])
+def test_what_cannot_fire_is_refused_with_a_remedy(pattern: object, message: str) -> None:
+    with pytest.raises(SiteError) as error:
+        SPACE.resolve(pattern)  # type: ignore[arg-type]
+    assert message.replace("\\", "") in str(error.value)
+
+
+def test_one_site_is_one_site() -> None:
+    assert SPACE.one("blocks.1.hook_resid_post@-1") == Site("blocks.1.hook_resid_post", (7,), ("",))
+    with pytest.raises(SiteError, match="names 8 sites, from .*@0 to .*@7; say which one"):
+        SPACE.one("blocks.1.hook_resid_post")
+
+
+def test_split() -> None:
+    assert split("name@3") == ("name", "3")
+    assert split("name") == ("name", None)
+
+
+@given(st.integers(0, 3), st.integers(1, 3), st.integers(0, 3), st.integers(1, 9))
+def test_unrolling_visits_every_layer_in_order(head: int, mid: int, tail: int, loops: int) -> None:
+    topology = Topology(head, mid, tail, loops)
+    unrolled = topology.unrolled()
+    assert len(unrolled) == topology.depth == head + loops * mid + tail
+    expected: list[tuple[int, int | None]] = [(layer, None) for layer in range(head)]
+    for loop in range(loops):
+        expected += [(head + i, loop) for i in range(mid)]
+    expected += [(head + mid + i, None) for i in range(tail)]
+    assert unrolled == expected
+    assert all(topology.is_looped(layer) == (loop is not None) for layer, loop in unrolled)
+    for depth, (layer, loop) in enumerate(unrolled):
+        assert topology.site_at(depth) == f"blocks.{layer}.hook_resid_post" + ("" if loop is None else f"@{loop}")
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z]{1,5}\.[0-9]", fullmatch=True),
+                       st.lists(st.integers(1, 3), max_size=2), min_size=1, max_size=6))
+def test_every_site_resolves_to_itself(sizes: dict[str, list[int]]) -> None:
+    space = SiteSpace({name: tuple((letter if len(counts) > 1 else "", n)
+                                   for letter, n in zip("hl", counts, strict=False))
+                       for name, counts in sizes.items()})
+    sites = space.all()
+    assert len(set(sites)) == len(sites)
+    for site in sites:
+        assert space.resolve(str(site)) == [site]
+        assert space.one(str(site)) == site
