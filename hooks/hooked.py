@@ -157,6 +157,19 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         _replace(save_directory / "config.json", lambda path: Path(path).write_text(text))
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> HookedLoopMDM:
+        """Load config.json and model.safetensors from a folder or a hub id, in eval mode.
+
+        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or does not fit.
+        ``options`` are those of huggingface_hub's mixin (revision, cache_dir, token, map_location …).
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the mixin reads config.json itself
+            raise ValueError(f"{pretrained_model_name_or_path}/config.json is not JSON ({error}): "
+                             "copy or download it again.") from error
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None = None, cache_dir: str | Path | None = None,
                          force_download: bool = False, local_files_only: bool = False,
                          token: str | bool | None = None, map_location: str = "cpu", **model_kwargs: Any,

@@ -25,8 +25,13 @@ SitePattern = str | Callable[[str], bool] | Iterable[str] | None
 """What a user may write: one pattern, several, a predicate on names (without loops), or None for all."""
 
 
-class SiteError(ValueError):
-    """A site that cannot fire in this run, or that is not in this recording."""
+class SiteError(ValueError, KeyError):
+    """A site that cannot fire in this run, or that is not in this recording.
+
+    A KeyError too, so that a recording answers ``in`` and ``get`` as a mapping should.
+    """
+
+    __str__ = ValueError.__str__  # KeyError's would print the message in quotes
 
 
 @dataclass(frozen=True)
