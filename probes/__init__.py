@@ -1,0 +1,12 @@
+"""probes: what a recording shows, as labelled arrays that carry units, definition and source.
+
+    from probes import attention_summary, dynamics, probe_latent, read_lens
+
+    lens = read_lens(model, noised, n_loops=8, kind="coda", targets=tokens)   # xarray.Dataset (depth, batch, pos)
+"""
+
+from probes.attention import attention_summary, pattern_distance, patterns
+from probes.lenses import read_lens
+from probes.measurement import depth_coords, measurement
+
+__all__ = ["attention_summary", "depth_coords", "measurement", "pattern_distance", "patterns", "read_lens"]

@@ -1,0 +1,202 @@
+"""Attention: who looks at whom, per head, layer and loop, and how much that changes over loops.
+
+Second stop of the way hooks → probes → studies → app. Patterns of a deep unrolled network are
+large, so summaries are taken inside the hook and distances a few examples at a time; `patterns`
+holds whole patterns, for a picture.
+
+    summary = attention_summary(model, noised, n_loops=8)
+    summary.flow.sel(query_role="masked", key_role="masked")             # (depth, head)
+    distance = pattern_distance(model, noised, n_loops=8)
+    distance.jensen_shannon                                              # (depth, depth_b) [nat]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooks import HookedLoopMDM
+from probes.measurement import depth_coords, measurement
+
+ROLES = ("masked", "visible")
+
+SINK_THRESHOLD = 0.3
+"""A key is a sink of a head if it draws at least this share of the head's attention (2510.06477)."""
+
+CHUNK_ELEMENTS = 2 ** 25
+"""Pattern entries that `pattern_distance` holds at a time (128 MB in float32)."""
+
+_SUMMARY: dict[str, tuple[tuple[str, ...], str, str, str, str]] = {
+    "flow": (("query_role", "key_role"), "attention flow between roles", "probability",
+             "mean over queries i in role Q of Σ_{j in role K} A_ij", "ours, after arXiv 2605.26106"),
+    "flow_over_chance": (("query_role", "key_role"), "attention flow over chance", "1",
+                         "flow / (|K|/T), so that 1 is attention that ignores roles", "ours, after arXiv 2605.26106"),
+    "entropy": ((), "attention entropy (mixing score)", "nat", "mean over queries i of −Σ_j A_ij log A_ij",
+                "arXiv 2604.11791"),
+    "entropy_by_role": (("query_role",), "attention entropy by the query's role", "nat",
+                        "mean over queries i in role Q of −Σ_j A_ij log A_ij", "arXiv 2604.11791"),
+    "column_concentration": ((), "column-sum concentration", "1",
+                             "C = 1 + (1/log T) Σ_j c_j log c_j with c_j = (1/T) Σ_i A_ij; 0 is even, 1 is one key",
+                             "arXiv 2604.11791"),
+    "sink_rate": ((), "sink rate", "1", f"share of keys j with (1/T) Σ_i A_ij ≥ {SINK_THRESHOLD}; any j, since "
+                  "attention is bidirectional", "arXiv 2510.06477"),
+}
+
+
+@torch.no_grad()
+def patterns(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], *, n_loops: int,
+             layers: Sequence[int] | None = None, loops: Sequence[int] | None = None,
+             batch: Sequence[int] | None = None, t: Float[Tensor, "batch"] | float | None = None) -> xr.DataArray:
+    """Whole attention patterns, (depth, batch, head, query, key); rows sum to 1.
+
+    ``layers`` and ``batch`` (example indices) choose, by default all. ``loops`` chooses among the loops of looped
+    layers (−1 is the last one); layers that run once are unaffected by it. Raises SiteError for a layer or loop
+    that does not run.
+    """
+    noised, t = _examples(noised, t, batch)
+    topology = model.config.topology(n_loops)
+    chosen = range(topology.n_layers) if layers is None else layers
+    wanted = [f"blocks.{layer}.attn.hook_pattern{at}" for layer in chosen
+              for at in ([f"@{k}" for k in loops] if loops is not None and topology.is_looped(layer) else [""])]
+    _, rec = model.run_with_cache(noised, n_loops, names_filter=wanted, t=t)
+    depths = [d for d in range(topology.depth) if topology.site_at(d, "attn.hook_pattern") in rec]
+    value = torch.stack([rec[topology.site_at(d, "attn.hook_pattern")] for d in depths])
+    coords: dict[Hashable, Any] = {name: (coord[0], coord[1][depths]) if isinstance(coord, tuple) else coord[depths]
+                                   for name, coord in depth_coords(topology).items()}
+    coords["batch"] = np.arange(len(noised)) if batch is None else np.asarray(batch)
+    return measurement(value, ("depth", "batch", "head", "query", "key"), long_name="attention pattern",
+                       units="probability", definition="A = softmax(q kᵀ / √d_head) over keys", coords=coords,
+                       source="arXiv 1706.03762")
+
+
+@torch.no_grad()
+def attention_summary(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], *, n_loops: int,
+                      t: Float[Tensor, "batch"] | float | None = None, per_example: bool = False) -> xr.Dataset:
+    """What each head does at each depth: flows between masked and visible positions, entropy, concentration, sinks.
+
+    ``flow``, ``flow_over_chance`` (depth, head, query_role, key_role), ``entropy`` (depth, head), ``entropy_by_role``
+    (depth, head, query_role), ``column_concentration`` and ``sink_rate`` (depth, head). Values are means over
+    examples, leaving out those in which a value is undefined (no query or no key of that role); with
+    ``per_example`` a ``batch`` axis follows depth instead. Reduced inside the hook: no pattern is kept.
+    Sources: 2604.11791, 2510.06477, flows ours after 2605.26106.
+    """
+    masked = noised == model.config.mask_token_id
+    roles = torch.stack([masked, ~masked], dim=-1)
+    _, rec = model.run_with_cache(noised, n_loops, names_filter="blocks.*.attn.hook_pattern", t=t,
+                                  reduce=lambda pattern, _: _summary(pattern, roles))
+    topology = model.config.topology(n_loops)
+    packed = torch.stack([rec[topology.site_at(d, "attn.hook_pattern")] for d in range(topology.depth)])
+    coords = {**depth_coords(topology), "query_role": list(ROLES), "key_role": list(ROLES)}
+    variables, start = {}, 0
+    for name, (axes, long_name, units, definition, source) in _SUMMARY.items():
+        width = 2 ** len(axes)
+        value = packed[..., start:start + width].unflatten(-1, (2,) * len(axes)) if axes else packed[..., start]
+        start += width
+        dims: tuple[str, ...] = ("depth", "batch", "head", *axes)
+        if not per_example:
+            value, dims = value.nanmean(1), ("depth", "head", *axes)
+            definition += "; mean over examples"
+        used = {c: v for c, v in coords.items() if not str(c).endswith("role") or c in dims}
+        variables[name] = measurement(value, dims, long_name=long_name, units=units, definition=definition,
+                                      source=source, coords=used)
+    return xr.Dataset(variables, attrs={"n_loops": n_loops})
+
+
+@torch.no_grad()
+def pattern_distance(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], *, n_loops: int,
+                     t: Float[Tensor, "batch"] | float | None = None) -> xr.Dataset:
+    """How far the attention patterns of each two depths lie apart, heads matched by their index.
+
+    ``frobenius``: ‖A − B‖_F / √((‖A‖_F² + ‖B‖_F²) / 2) per head and example, then averaged; between 0 and √2, which
+    two patterns without a common entry reach. ``jensen_shannon`` [nat]: H((A_i + B_i)/2) − (H(A_i) + H(B_i))/2,
+    averaged over queries i, heads and examples; between 0 and log 2. Both (depth, depth_b), symmetric, 0 on the
+    diagonal; ``frobenius_by_example`` and ``jensen_shannon_by_example`` (batch, depth, depth_b) hold what they are
+    means of, for a bootstrap. Source: 2604.11791 (the normalisation of the first is ours).
+    """
+    topology = model.config.topology(n_loops)
+    sites = [topology.site_at(d, "attn.hook_pattern") for d in range(topology.depth)]
+    held_per_example = len(sites) * model.config.n_heads * noised.shape[1] ** 2
+    frobenius, jensen_shannon = [], []
+    for chunk in torch.arange(len(noised)).split(max(1, CHUNK_ELEMENTS // held_per_example)):
+        some, some_t = _examples(noised, t, chunk.tolist())
+        _, rec = model.run_with_cache(some, n_loops, names_filter="blocks.*.attn.hook_pattern", t=some_t)
+        stacked = torch.stack([rec[site] for site in sites]).float()
+        frobenius.append(_frobenius(stacked))
+        jensen_shannon.append(_jensen_shannon(stacked))
+    coords = depth_coords(topology)
+    coords |= {f"{name}_b": ("depth_b", coord[1] if isinstance(coord, tuple) else coord)
+               for name, coord in coords.items()}
+    described = {
+        "frobenius": ("distance of attention patterns (Frobenius)", "1", torch.cat(frobenius),
+                      "‖A − B‖_F / √((‖A‖_F² + ‖B‖_F²)/2), heads matched by index, mean over heads",
+                      "arXiv 2604.11791; normalisation ours"),
+        "jensen_shannon": ("distance of attention patterns (Jensen–Shannon)", "nat", torch.cat(jensen_shannon),
+                           "H((A_i + B_i)/2) − (H(A_i) + H(B_i))/2, heads matched by index, mean over queries i and "
+                           "heads", "arXiv 2604.11791"),
+    }
+    variables = {}
+    for name, (long_name, units, value, definition, source) in described.items():
+        variables[name] = measurement(value.mean(0), ("depth", "depth_b"), long_name=long_name, units=units,
+                                      definition=definition + "; mean over examples", source=source, coords=coords)
+        variables[f"{name}_by_example"] = measurement(value, ("batch", "depth", "depth_b"), long_name=long_name,
+                                                      units=units, definition=definition, source=source, coords=coords)
+    return xr.Dataset(variables, attrs={"n_loops": n_loops})
+
+
+# ---------------------------------------------------------------------- private
+
+def _summary(pattern: Float[Tensor, "batch head query key"],
+             roles: Bool[Tensor, "batch pos role"]) -> Float[Tensor, "batch head value"]:
+    """The values of `_SUMMARY` in its order, packed along the last axis."""
+    pattern = pattern.float()
+    n_pos = pattern.shape[-1]
+    member = roles.to(pattern)
+    size = member.sum(1)                                                       # [batch, role]
+    mass = pattern @ member[:, None]                                           # [batch, head, query, key_role]
+    flow = torch.einsum("bhqk,bqr->bhrk", mass, member) / size[:, None, :, None]  # 0/0 = nan: no such query
+    over_chance = flow / (size / n_pos)[:, None, None, :]
+    entropy = _entropy(pattern)                                                # [batch, head, query]
+    entropy_by_role = entropy @ member / size[:, None]
+    column = pattern.mean(2)                                                   # [batch, head, key]
+    concentration = 1 - _entropy(column) / torch.tensor(float(n_pos)).log()
+    sinks = (column >= SINK_THRESHOLD).float().mean(-1)
+    return torch.cat([flow.flatten(2), over_chance.flatten(2), entropy.mean(-1, keepdim=True), entropy_by_role,
+                      concentration[..., None], sinks[..., None]], dim=-1)
+
+
+def _entropy(p: Float[Tensor, "*batch key"]) -> Float[Tensor, "*batch"]:
+    return torch.special.entr(p).sum(-1)
+
+
+def _frobenius(stacked: Float[Tensor, "depth batch head query key"]) -> Float[Tensor, "batch depth depth_b"]:
+    flat = stacked.permute(1, 2, 0, 3, 4).flatten(3)                            # [batch, head, depth, query·key]
+    # Differences, not the Gram matrix: near a fixed point the cancellation in ‖A‖² + ‖B‖² − 2A·B is all there is.
+    apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    square = flat.square().sum(-1)
+    return (apart / ((square[..., :, None] + square[..., None, :]) / 2).sqrt()).mean(1)
+
+
+def _jensen_shannon(stacked: Float[Tensor, "depth batch head query key"]) -> Float[Tensor, "batch depth depth_b"]:
+    n_depth, n_batch = stacked.shape[:2]
+    entropy = _entropy(stacked).mean((2, 3))                                    # [depth, batch]
+    apart = stacked.new_zeros(n_batch, n_depth, n_depth)
+    for i in range(n_depth - 1):  # one depth against all later ones: n_depth steps, and no more memory than `stacked`
+        mixed = _entropy((stacked[i] + stacked[i + 1:]) / 2).mean((2, 3))
+        apart[:, i, i + 1:] = (mixed - (entropy[i] + entropy[i + 1:]) / 2).T
+    return (apart + apart.mT).clamp(0, math.log(2))  # rounding alone leaves this range
+
+
+def _examples(noised: Tensor, t: Tensor | float | None,
+              chosen: Sequence[int] | None) -> tuple[Tensor, Tensor | float | None]:
+    """Some of the examples, and their noise levels."""
+    if chosen is None:
+        return noised, t
+    index = torch.as_tensor(chosen, device=noised.device, dtype=torch.long)
+    return noised[index], t[index.to(t.device)] if isinstance(t, Tensor) and t.ndim else t
