@@ -30,13 +30,14 @@ class LoopClock:
 
     ``runs`` counts forwards, ``ran`` is the number of loops of the last one, and
     ``stopped_early`` says that it stopped adaptively before the loops it was allowed.
+    While ``muted``, hook points are plain identities.
     """
 
-    __slots__ = ("loop", "ran", "runs", "stopped_early")
+    __slots__ = ("loop", "muted", "ran", "runs", "stopped_early")
 
     def __init__(self) -> None:
         self.loop = self.runs = self.ran = 0
-        self.stopped_early = False
+        self.stopped_early = self.muted = False
 
     def finish(self, ran: int, allowed: int) -> None:
         """Note that a forward has run ``ran`` of ``allowed`` loops."""
@@ -75,7 +76,7 @@ class HookPoint:
 
     def wanted(self) -> bool:
         """Is anything attached here for the loop that is running?"""
-        return any(loops is None or self.clock.loop in loops for loops, _ in self.entries)
+        return not self.clock.muted and any(loops is None or self.clock.loop in loops for loops, _ in self.entries)
 
     def add(self, fn: HookFunction, loops: Set[int] | None = None) -> Callable[[], None]:
         """Attach ``fn`` (at every loop if ``loops`` is None); returns what detaches it again."""
@@ -88,6 +89,8 @@ class HookPoint:
         return remove
 
     def _fire(self, activation: Tensor) -> Tensor:
+        if self.clock.muted:
+            return activation
         for loops, fn in tuple(self.entries):
             if loops is None or self.clock.loop in loops:
                 replacement = fn(activation, hook=self)

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -26,13 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hooks.edits import Edit, PlanEdit, attachments
 from hooks.hook_points import HookFunction, HookPoint
 from hooks.loopmdm import LoopMDM, LoopMDMConfig
-from hooks.recording import Recorder, Recording, Reducer
+from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
 
-HookList = Sequence[tuple[SitePattern, HookFunction]]
-"""[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``."""
+HookList = Sequence[tuple[SitePattern, HookFunction] | Edit]
+"""[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``, and edits of `hooks.edits`."""
 
 
 class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
@@ -58,32 +59,40 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
 
     def run_with_cache(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
                        names_filter: SitePattern = None, t: Float[Tensor, "batch"] | float | None = None,
-                       reduce: Reducer | None = None, pos_slice: slice | Tensor | None = None,
+                       reduce: Reducer | None = None, pos_slice: Cut | None = None, batch_slice: Cut | None = None,
+                       only: Literal["masked", "visible"] | None = None,
                        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
                        loss_fn: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, ""]] | None = None,
                        ) -> tuple[Float[Tensor, "batch pos vocab"], Recording]:
         """One forward; returns the logits and a `Recording` of the sites that ``names_filter`` names.
 
-        By default every site but ``hook_result`` (large: name it to have it). With ``loss_fn``, a function
-        of the logits to a scalar, the backward pass runs too and ``recording.gradients`` holds the
-        gradient of that scalar at the same sites. ``reduce(activation, name)`` runs inside the hook.
+        By default every site but ``hook_result`` (large: name it to have it). ``reduce(activation, site)``
+        runs inside the hook (see `hooks.reducers`); ``pos_slice``, ``batch_slice``, ``dtype`` and ``device``
+        shape the copy (see `Recorder`); ``only`` keeps the masked or the visible positions, on an axis ``point``.
+        With ``loss_fn``, a function of the logits to a scalar, the backward pass runs too and
+        ``recording.gradients`` holds the gradient of that scalar at the same sites (parameters' ``.grad``
+        accumulate as ever).
         """
-        recorder = Recorder(reduce=reduce, pos=pos_slice, dtype=dtype, device=device)
+        if only is not None:
+            if pos_slice is not None:
+                raise ValueError("pos_slice and only both choose positions: give one of them.")
+            pos_slice = positions(tokens, self.config.mask_token_id, only)
+        if loss_fn is not None and getattr(reduce, "forward_only", False):
+            raise ValueError(f"{type(reduce).__name__} compares a loop with the one before it, and a backward pass "
+                             "visits loops in reverse: record gradients without it.")
+        recorder = Recorder(reduce=reduce, pos=pos_slice, batch=batch_slice, dtype=dtype, device=device)
         space = self.site_space(n_loops)
         sites = space.resolve((lambda name: not name.endswith("hook_result")) if names_filter is None
                               else names_filter)
         patterns = [str(site) for site in sites]
         backward = [(patterns, recorder.backward)] if loss_fn is not None else []
-        with self.hooks(fwd_hooks=[(patterns, recorder)], bwd_hooks=backward, n_loops=n_loops):
-            with torch.set_grad_enabled(loss_fn is not None or torch.is_grad_enabled()):
-                logits = self(tokens, n_loops, t=t)
+        with (self.hooks(fwd_hooks=[(patterns, recorder)], bwd_hooks=backward, n_loops=n_loops),
+              torch.set_grad_enabled(loss_fn is not None or torch.is_grad_enabled())):
+            logits = self(tokens, n_loops, t=t)
             if loss_fn is not None:
                 loss_fn(logits).backward()
         names = {site.name: space.names[site.name] for site in sites}
-        topology = self.config.topology(n_loops)
-        gradients = Recording(recorder.gradients, names, topology=topology, reduced=reduce is not None)
-        return logits, Recording(recorder.held, names, topology=topology, reduced=reduce is not None,
-                                 gradients=gradients if loss_fn is not None else None)
+        return logits, recorder.recording(names, self.config.topology(len(self.plan(n_loops))))
 
     @contextmanager
     def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), *,
@@ -95,18 +104,21 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         a forward ran.
         """
         n_loops = self._checked_loops(n_loops)
-        space = self.site_space(n_loops)
         with self.exclusive():
             removers: list[Callable[[], None]] = []
             pending: set[Site] = set()
+            replans = self.replans
             try:
-                for pattern, fn in fwd_hooks:
+                self.replans = (*replans, *(edit.replan for edit in fwd_hooks if isinstance(edit, PlanEdit)))
+                space = self.site_space(n_loops)
+                for pattern, fn in attachments(fwd_hooks, space):
                     self._attach(space.resolve(pattern), fn, pending, removers)
-                for pattern, fn in bwd_hooks:
+                for pattern, fn in attachments(bwd_hooks, space):
                     self._attach(space.resolve(pattern), _on_backward(fn), set(), removers)
                 runs_before = self.clock.runs
                 yield self
             finally:
+                self.replans = replans
                 for remove in removers:
                     remove()
             if self.clock.runs > runs_before:

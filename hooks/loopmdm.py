@@ -14,7 +14,7 @@ This file holds the configuration and the forward pass; `hooks.hooked` records a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from hooks.hook_points import HookPoint, LoopClock
 from hooks.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
+from hooks.plan import Pass, Plan, Replan, run, space_of, straight
 from hooks.sites import SiteSpace, Topology
 
 MASK_LOGIT = -1e6
@@ -143,6 +144,7 @@ class LoopMDM(nn.Module):
         self.config = config
         self.clock = LoopClock()
         self.hook_points: dict[str, HookPoint] = {}
+        self.replans: tuple[Replan, ...] = ()  # edits of the order of loops and layers, set by HookedLoopMDM.hooks
         self._lock = threading.RLock()
         d = config.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
@@ -207,8 +209,12 @@ class LoopMDM(nn.Module):
             condition = self.condition(tokens, t)
             x = embedded = self.embed_tokens(tokens)
             x = self.head(x, condition)
-            for k in range(n_loops):
-                x = self.loop(x, k, embedded, condition)
+            if self.replans:
+                plan = self.plan(n_loops)
+                x, n_loops = run(self, plan, x, embedded, condition), len(plan)
+            else:
+                for k in range(n_loops):
+                    x = self.loop(x, k, embedded, condition)
             self.clock.finish(n_loops, n_loops)
             return self.tail(x, condition)
 
@@ -222,6 +228,9 @@ class LoopMDM(nn.Module):
         if not threshold >= 0:
             raise ValueError(f"threshold must be a relative change of at least 0, not {threshold}.")
         with self._lock:
+            if self.replans:
+                raise ValueError("loops are skipped, repeated or swapped by an edit, and adaptive looping decides by "
+                                 "itself which loops run: use a fixed n_loops.")
             tokens, max_loops = self._checked(tokens, max_loops)
             condition = self.condition(tokens, t)
             embedded = self.embed_tokens(tokens)
@@ -263,24 +272,29 @@ class LoopMDM(nn.Module):
     def head(self, x: Float[Tensor, "batch pos d_model"],
              condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
         """The layers before the loop."""
-        return self._layers(x, 0, self.config.n_head_layers, condition)
+        return self._layers(x, range(self.config.n_head_layers), condition)
 
     def loop(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"],
-             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
-        """One pass of the mid layers, as loop ``k``; ``embedded`` is what input injection adds."""
+             condition: Float[Tensor, "batch d_cond"] | None = None, *,
+             step: Pass | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """One pass of the mid layers, as loop ``k``; ``embedded`` is what input injection adds.
+
+        ``step`` runs other layers, or the same as another loop, while sites say ``@k``.
+        """
         config = self.config
         self.clock.loop = k
+        index = k if step is None else step.index
         x = self.hook_loop_in(x)
         if config.input_injection == "add":
             x = x + self.hook_injection(embedded)
         if config.loop_embedding == "learned":
-            x = x + self.hook_loop_embed(self.loop_embed.weight[min(k, config.max_loops - 1)].expand_as(x))
-        return self._layers(x, config.n_head_layers, config.n_head_layers + config.n_loop_layers, condition)
+            x = x + self.hook_loop_embed(self.loop_embed.weight[min(index, config.max_loops - 1)].expand_as(x))
+        return self._layers(x, self._mid_layers() if step is None else step.layers, condition)
 
     def tail(self, x: Float[Tensor, "batch pos d_model"],
              condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
         """The layers after the loop, and the unembedding."""
-        x = self._layers(x, self.config.n_head_layers + self.config.n_loop_layers, self.config.n_layers, condition)
+        x = self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition)
         return self.unembed(x, condition)
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"],
@@ -297,8 +311,14 @@ class LoopMDM(nn.Module):
 
     def site_space(self, n_loops: int | None = None) -> SiteSpace:
         """Every site that fires in a forward of ``n_loops`` loops."""
-        n_loops = self._checked_loops(n_loops)
-        return SiteSpace({name: (("", n_loops),) if point.looped else () for name, point in self.hook_points.items()})
+        return space_of(self.plan(n_loops), {name: point.looped for name, point in self.hook_points.items()})
+
+    def plan(self, n_loops: int | None = None) -> Plan:
+        """The passes of a forward of ``n_loops`` loops, under the edits that are in force."""
+        plan = straight(self._checked_loops(n_loops), self._mid_layers())
+        for replan in self.replans:
+            plan = replan(plan)
+        return plan
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -316,12 +336,15 @@ class LoopMDM(nn.Module):
         looped = self.config.topology().is_looped(layer)
         return Block(self.config, layer, lambda name: self._point(name, looped))
 
-    def _layers(self, x: Tensor, start: int, stop: int, condition: Tensor | None) -> Tensor:
+    def _mid_layers(self) -> range:
+        return range(self.config.n_head_layers, self.config.n_head_layers + self.config.n_loop_layers)
+
+    def _layers(self, x: Tensor, layers: Sequence[int], condition: Tensor | None) -> Tensor:
         rotary: Rotary | None = None
         if self.config.position != "learned":
             pos = x.shape[1]
             rotary = self.rotary_cos[:pos], self.rotary_sin[:pos]
-        for layer in range(start, stop):
+        for layer in layers:
             x = self.blocks[layer](x, rotary, condition)
         return x
 

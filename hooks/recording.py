@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     import xarray
 
 Reducer = Callable[[Tensor, str], Tensor]
-"""A function of (activation, site name) that runs inside the hook and returns what to keep."""
+"""A function of (activation, site) that runs inside the hook and returns what to keep; the site says the
+loop (``blocks.2.hook_resid_post@3``). One with a method ``dims`` also names its axes: see `hooks.reducers`."""
+
+Cut = slice | Tensor
+"""Which of an axis to keep: a slice, or a tensor of indices, or of booleans."""
 
 _AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("attn.hook_pattern", "attn.hook_attn_scores"), ("batch", "head", "query", "key")),
@@ -38,54 +42,107 @@ _AXES: dict[str, tuple[str, ...]] = {
 
 def axes_of(name: str) -> tuple[str, ...]:
     """Axis names of an unreduced activation: ``axes_of("blocks.0.attn.hook_q")`` ends in ``d_head``."""
-    parts = name.split(".")
+    parts = name.partition("@")[0].split(".")
     return _AXES.get(".".join(parts[-2:])) or _AXES.get(parts[-1]) or ("batch", "pos", "d_model")
 
 
-class Recorder:
-    """The hook that keeps an activation. One instance serves every site of a run.
+def positions(tokens: Tensor, mask_token_id: int, only: str) -> Tensor:
+    """The masked or the visible positions of ``tokens``, boolean [batch, pos]."""
+    if only not in ("masked", "visible"):
+        raise ValueError(f"only must be 'masked' or 'visible', not {only!r}.")
+    return (tokens == mask_token_id) == (only == "masked")
 
-    ``pos`` cuts axis 1 before copying (for attention patterns, the query axis is left whole);
-    ``reduce`` runs on the detached activation, so that what is held may be far smaller than
-    what passed by; ``dtype`` and ``device`` are those of the copy.
+
+class Recorder:
+    """The hook that keeps an activation. One instance serves every site of one run.
+
+    ``batch`` and ``pos`` cut their axes before copying (``pos`` cuts the queries of attention patterns, as
+    TransformerLens does). A boolean ``pos`` of shape [batch, pos] keeps only the positions where it is true,
+    on one axis ``point`` in place of the two, in row-major order. ``reduce`` runs on the detached, cut
+    activation, so that what is held may be far smaller than what passed by; ``dtype`` and ``device`` are
+    those of the copy.
     """
 
-    def __init__(self, *, reduce: Reducer | None = None, pos: slice | Tensor | None = None,
+    def __init__(self, *, reduce: Reducer | None = None, pos: Cut | None = None, batch: Cut | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None):
-        self.reduce, self.pos, self.dtype, self.device = reduce, pos, dtype, device
-        self.plain = reduce is None and pos is None and dtype is None and device is None
+        self.reduce, self.pos, self.batch, self.dtype, self.device = reduce, pos, batch, dtype, device
+        self.plain = all(option is None for option in (reduce, pos, batch, dtype, device))
         self.held: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
+        self.axes: dict[str, tuple[str, ...]] = {}
+        self._forget_reducer()
 
     def __call__(self, activation: Tensor, /, *, hook: Any) -> None:
-        self.held[hook.site] = activation.detach().clone() if self.plain else self._kept(activation, hook.name)
+        self.held[hook.site] = activation.detach().clone() if self.plain else self._kept(activation, hook)
 
     def backward(self, gradient: Tensor, /, *, hook: Any) -> None:
-        self.gradients[hook.site] = self._kept(gradient, hook.name)
+        self.gradients[hook.site] = self._kept(gradient, hook)
 
-    def _kept(self, activation: Tensor, name: str) -> Tensor:
-        value = activation.detach()
-        if self.pos is not None and axes_of(name)[1:2] == ("pos",):
-            value = value[:, self.pos]
+    def recording(self, names: Mapping[str, LoopAxes], topology: Topology | None = None) -> Recording:
+        """What was held so far, as a `Recording` of ``names``; the recorder is empty afterwards."""
+        attrs = {key: value for key in ("definition", "units") if (value := getattr(self.reduce, key, None))}
+
+        def made(held: dict[str, Tensor], gradients: Recording | None) -> Recording:
+            return Recording(held, names, topology=topology, gradients=gradients, reduced=self.reduce is not None,
+                             axes=self.axes, attrs=attrs)
+
+        recording = made(self.held, made(self.gradients, None) if self.gradients else None)
+        self.held, self.gradients, self.axes = {}, {}, {}
+        self._forget_reducer()
+        return recording
+
+    def _forget_reducer(self) -> None:
+        if reset := getattr(self.reduce, "reset", None):
+            reset()
+
+    def _kept(self, activation: Tensor, hook: Any) -> Tensor:
+        value, axes = activation.detach(), axes_of(hook.name)
+        value, axes = self._cut(value, axes)
         if self.reduce is not None:
-            value = self.reduce(value, name)
+            if dims := getattr(self.reduce, "dims", None):
+                value, axes = self.reduce(value, hook.site, axes), dims(axes)  # type: ignore[call-arg]
+            else:
+                value, axes = self.reduce(value, hook.site), ()
             if not isinstance(value, Tensor):
-                raise TypeError(f"the reducer returned {type(value).__name__} at {name}; it must return a tensor.")
+                raise TypeError(f"the reducer returned {type(value).__name__} at {hook.site}; "
+                                "it must return a tensor.")
+        self.axes[hook.name] = axes
         return value.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def _cut(self, value: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
+        pos = self.pos
+        if self.batch is not None and axes[:1] == ("batch",):
+            value = value[self.batch]
+            if isinstance(pos, Tensor) and pos.ndim == 2:
+                pos = pos[self.batch]
+        axis = next((i for i, name in enumerate(axes) if name in ("pos", "query")), None)
+        if pos is None or axis is None or value.ndim != len(axes):
+            return value, axes
+        if isinstance(pos, slice) or pos.ndim == 1:
+            return value[(slice(None),) * axis + (pos,)], axes
+        if pos.dtype != torch.bool or pos.shape != (value.shape[0], value.shape[axis]):
+            raise ValueError(f"a two-dimensional choice of positions must be boolean and [batch, pos], here "
+                             f"{[value.shape[0], value.shape[axis]]}, not {pos.dtype} {list(pos.shape)}.")
+        rest = tuple(name for i, name in enumerate(axes) if i not in (0, axis))
+        return value.movedim(axis, 1)[pos], ("point", *rest)
 
 
 class Recording(Mapping[str, Tensor]):
     """Activations of one run by site. Keys are full site names, in firing order.
 
-    ``gradients`` is a second recording with the gradients at the same sites, if they were asked for.
+    ``gradients`` is a second recording with the gradients at the same sites, if they were asked for;
+    ``axes`` are the axis names of what was cut or reduced, by name, where they are known.
     """
 
     def __init__(self, held: Mapping[str, Tensor], names: Mapping[str, LoopAxes], *,
-                 topology: Topology | None = None, gradients: Recording | None = None, reduced: bool = False):
+                 topology: Topology | None = None, gradients: Recording | None = None, reduced: bool = False,
+                 axes: Mapping[str, tuple[str, ...]] | None = None, attrs: Mapping[str, str] | None = None):
         self.space = SiteSpace(names)
         self.topology = topology
         self.gradients = gradients
         self.reduced = reduced
+        self.axes = dict(axes or {})
+        self.attrs = dict(attrs or {})
         self._held = dict(held)
 
     def __repr__(self) -> str:
@@ -125,11 +182,9 @@ class Recording(Mapping[str, Tensor]):
         looped = bool(self.space.names.get(name))
         value = self.stack(name) if looped else self[name]
         loops = tuple(letter or "loop" for letter, _ in self.space.names[name])
-        dims = axes_of(name)
-        if value.ndim != len(loops) + len(dims):
-            dims = tuple(f"axis_{i}" for i in range(value.ndim - len(loops)))
-        return xarray.DataArray(_numpy(value), dims=loops + dims, name=name,
-                                attrs={"long_name": name, "units": "1", "definition": f"activation at {name}"})
+        return xarray.DataArray(
+            _numpy(value), dims=loops + self._dims(name, value.ndim - len(loops)), name=name,
+            attrs={"long_name": name, "units": "1", "definition": f"activation at {name}", **self.attrs})
 
     def residual_stream(self, hook: str = "hook_resid_post") -> xarray.DataArray:
         """The residual stream along the unrolled network, depth × batch × pos × d_model.
@@ -148,17 +203,20 @@ class Recording(Mapping[str, Tensor]):
                             f"record with names_filter='blocks.*.{hook}'.")
         layers, loops = zip(*self.topology.unrolled(), strict=True)
         value = _numpy(torch.stack([self._held[site] for site in sites]))
-        dims = axes_of(hook)
-        if value.ndim != 1 + len(dims):  # a reducer took axes away
-            dims = tuple(f"axis_{i}" for i in range(value.ndim - 1))
+        dims = self._dims(sites[0].partition("@")[0], value.ndim - 1)
         return xarray.DataArray(
             value, dims=("depth", *dims), name=hook,
             coords={"depth": range(len(sites)), "layer": ("depth", list(layers)),
                     "loop": ("depth", [-1 if k is None else k for k in loops])},
             attrs={"long_name": f"residual stream ({hook})", "units": "1",
-                   "definition": f"{hook} at each layer of the unrolled network"})
+                   "definition": f"{hook} at each layer of the unrolled network", **self.attrs})
 
     # ------------------------------------------------------------------ private
+
+    def _dims(self, name: str, ndim: int) -> tuple[str, ...]:
+        """Axis names of a held value; numbered ones where a reducer did not name its own."""
+        dims = self.axes.get(name) or (() if self.reduced else axes_of(name))
+        return dims if len(dims) == ndim else tuple(f"axis_{i}" for i in range(ndim))
 
     def _at(self, site: Site) -> Tensor:
         try:

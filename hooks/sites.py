@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 LoopAxes = tuple[tuple[str, int], ...]
@@ -63,8 +63,9 @@ def split(pattern: str) -> tuple[str, str | None]:
 class SiteSpace:
     """All the sites that fire in one run, in the order in which the names were given."""
 
-    def __init__(self, names: Mapping[str, LoopAxes]):
+    def __init__(self, names: Mapping[str, LoopAxes], absent: Set[Site] = frozenset()):
         self.names: dict[str, LoopAxes] = dict(names)
+        self.absent = frozenset(absent)  # firings that an edit leaves out of the run
 
     def __repr__(self) -> str:
         return f"SiteSpace({len(self.names)} names, {len(self.all())} sites)"
@@ -73,7 +74,8 @@ class SiteSpace:
         """Every site of one name, loop by loop."""
         axes = self.names[name]
         letters = tuple(letter for letter, _ in axes)
-        return [Site(name, loop, letters) for loop in itertools.product(*(range(n) for _, n in axes))]
+        sites = (Site(name, loop, letters) for loop in itertools.product(*(range(n) for _, n in axes)))
+        return [site for site in sites if site not in self.absent]
 
     def all(self) -> list[Site]:
         return [site for name in self.names for site in self.firings(name)]
@@ -116,7 +118,7 @@ class SiteSpace:
         if not names:
             raise SiteError(f"No site is called {name!r}. Nearest: {self._nearest(name)}.")
         if at is None:
-            return [site for n in names for site in self.firings(n)]
+            return self._present([site for n in names for site in self.firings(n)], pattern)
         looped = [n for n in names if self.names[n]]
         if not looped:
             raise SiteError(f"{name!r} runs once per forward and takes no '@{at}': write {names[0]!r}. "
@@ -127,7 +129,14 @@ class SiteSpace:
             axes = self.names[looped[0]]
             example = ".".join(f"{letter}0" for letter, _ in axes)
             raise SiteError(f"{pattern!r}: {looped[0]} is looped over {len(axes)} cycles; write '@{example}'.")
-        return sites
+        return self._present(sites, pattern)
+
+    def _present(self, sites: list[Site], pattern: str) -> list[Site]:
+        present = [site for site in sites if site not in self.absent]
+        if not present:
+            raise SiteError(f"{pattern!r} cannot fire: an edit of this run skips it. Name a site that still runs, or "
+                            "drop that edit.")
+        return present
 
     def _at(self, name: str, at: str, axes: LoopAxes, pattern: str) -> list[Site]:
         if at == "*":
