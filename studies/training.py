@@ -146,7 +146,8 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1 - decay)
         self.step += 1
         self.flops += config.batch_size * training_flops(self.model.config, seq_len=task.seq_len, n_loops=n_loops)
         return float(loss.detach())
@@ -236,7 +237,7 @@ class _Run:
                              "or start afresh with resume off.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.ema = state["ema"]
+        self.ema = [average.detach() for average in state["ema"]]
         self.step, self.flops, self.seconds = state["step"], state["flops"], state["seconds"]
         self.metrics = json.loads(state["metrics"])
         lines = "".join(json.dumps(row) + "\n" for row in self.metrics)  # rows after the checkpoint are run again

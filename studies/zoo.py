@@ -87,6 +87,13 @@ def triplet(task: str = "automaton", variant: str = "", zoo: str | Path = ZOO) -
     return {kind: load(folder) for kind, folder in folders.items() if (folder / "card.json").exists()}
 
 
+def variants_of(task: str, zoo: str | Path = ZOO) -> list[str]:
+    """Variants of which the whole triplet is there, the first seed ("") first."""
+    found = {name.removeprefix(f"{task}-loop").removeprefix("-") for name in names(zoo) if name.startswith(f"{task}-loop")}
+    return sorted(v for v in found if all((Path(zoo) / "-".join(filter(None, (task, kind, v))) / "card.json").exists()
+                                          for kind in KINDS))
+
+
 def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: str | Path = ZOO,
            command: str) -> Path:
     """Write the entry of a finished run; the folder appears whole or not at all."""

@@ -1,0 +1,175 @@
+"""Second half of `rerun.py`: does the content advance from loop to loop?
+
+A loop that applies the same operation to a new row repeats the operation and advances the
+content. Measured three ways: exact accuracy over the number of loops; the coda lens, what
+the model would answer if it stopped here; and linear probes, what can be read out at all.
+
+    content = measure(setting)
+    content.rows, content.datasets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+from hooks import HookedLoopMDM
+from probes import stages
+from probes.lenses import read_lens
+from probes.linear import ridge_probes
+from probes.measurement import measurement
+from probes.stages import Cycle
+from studies.rerun_operation import SUBJECTS, Operation, Setting
+
+DECODABLE = 0.9
+"""A region counts as decodable from the first loop at which its accuracy reaches this."""
+
+
+def measure(setting: Setting) -> Operation:
+    """All of the content half, with a progress bar."""
+    content = Operation()
+    for step in tqdm((_accuracy_over_loops, _coda_by_region, _probes_by_region), desc="content", leave=False):
+        step(setting, content)
+    return content
+
+
+@torch.no_grad()
+def _accuracy_over_loops(setting: Setting, content: Operation) -> None:
+    """Share of free cells right, all filled in one forward, over S = 1 … 2·S_max, for the whole triplet."""
+    s_max = setting.models["loop"].model.config.max_loops
+    loops = np.arange(1, 2 * s_max + 1)
+    regions = setting.task.regions()
+    curves, by_region = [], []
+    for kind in ("loop", "twin", "deep"):
+        model = setting.models[kind].model
+        right = torch.stack([(model(setting.noised, int(s), t=setting.t).argmax(-1) == setting.batch.tokens)
+                             for s in loops]).float()
+        free = setting.batch.free.float()
+        curves.append((right * free).sum(-1) / free.sum(-1))
+        by_region.append(_by_region(right, free, regions))
+    names = ["loop", "twin", "deep"]
+    accuracy = torch.stack(curves).numpy()
+    content.datasets["accuracy_over_loops"] = xr.Dataset({
+        "accuracy": measurement(accuracy.mean(-1), ("kind", "n_loops"), coords={"kind": names, "n_loops": loops},
+                                long_name="share of free cells right", units="probability",
+                                definition="every free position masked (at t = 1), one forward of S loops; the twins are "
+                                           "trained with one loop, and their mid layers repeated S times here",
+                                source="arXiv 2605.26106"),
+        "accuracy_by_region": measurement(
+            torch.stack(by_region).numpy(), ("kind", "n_loops", "region"),
+            coords={"kind": names, "n_loops": loops, "region": np.unique(regions.numpy())},
+            long_name="share of free cells right, by region", units="probability",
+            definition=f"as accuracy, per {setting.task.region_name}", source="arXiv 2605.26106")})
+    at = {"one": 0, "max": s_max - 1, "beyond": 2 * s_max - 1}
+    loop = accuracy[0]
+    content.add("accuracy_max", f"accuracy at S = {s_max}", "share of free cells right in one forward; control: deep twin",
+                "LoopMDM higher", loop=setting.bootstrap(lambda i: float(loop[at["max"], i].mean())),
+                control=setting.bootstrap(lambda i: float(accuracy[2, 0, i].mean())))
+    content.add("accuracy_gain", f"accuracy gained from S = 1 to S = {s_max}", "difference of the two accuracies",
+                "above 0", loop=setting.bootstrap(lambda i: float((loop[at["max"], i] - loop[0, i]).mean())))
+    content.add("accuracy_beyond", f"accuracy gained from S = {s_max} to S = {2 * s_max}",
+                "difference of the two accuracies; loops beyond those trained", "–",
+                loop=setting.bootstrap(lambda i: float((loop[at["beyond"], i] - loop[at["max"], i]).mean())))
+
+
+def _by_region(right: torch.Tensor, free: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Accuracy [..., region] over examples and the region's free positions; NaN where none is free."""
+    columns = []
+    for region in regions.unique():
+        on = free * (regions == region)
+        columns.append((right * on).sum((-2, -1)) / on.sum())
+    return torch.stack(columns, -1)
+
+
+def _coda_by_region(setting: Setting, content: Operation) -> None:
+    """What the LoopMDM would answer if it stopped after each loop, region by region."""
+    loop = setting.models["loop"].model
+    s_max = loop.config.max_loops
+    lens = read_lens(loop, setting.noised, n_loops=s_max, kind="coda", targets=setting.batch.tokens, t=setting.t)
+    ends = [depths[-1] for depths in stages.loop_cycle(loop.config, s_max).depths]
+    right = torch.from_numpy(lens.prediction.isel(depth=ends).values == setting.batch.tokens.numpy()).float()
+    free, regions = setting.batch.free.float(), setting.task.regions()
+    table = _by_region(right, free, regions)
+    labels = np.unique(regions.numpy())
+    content.datasets["coda_by_region"] = xr.Dataset({"accuracy": measurement(
+        table.numpy(), ("loop", "region"), coords={"loop": np.arange(s_max), "region": labels},
+        long_name="coda-lens accuracy by region", units="probability",
+        definition=f"share of free cells of a {setting.task.region_name} that the tail gets right when it reads the "
+                   "state after this loop", source="arXiv 2507.02199")})
+    known = _regions_known(right.numpy(), free.numpy(), regions.numpy(), chance=_majority(setting))
+    content.add("coda_slope", f"{setting.task.region_name}s the coda lens gains per loop",
+                "least-squares slope over loops of Σ_regions (accuracy − majority) / (1 − majority), up to S_max",
+                "above 0", loop=setting.bootstrap(lambda i: _slope(known[:, i].mean(1))))
+
+
+def _probes_by_region(setting: Setting, content: Operation) -> None:
+    """Linear probes for the main latent after each loop, region by region, on held-out examples."""
+    task, batch = setting.task, setting.batch
+    latent_name, latent = next(iter(task.latents(batch.tokens).items()))
+    regions = task.regions().numpy()
+    variables: dict[str, xr.DataArray] = {}
+    slopes = {}
+    for subject, [(model, cycle), *_] in setting.subjects().items():
+        correct = _probe_correct(setting, model, cycle)
+        table = _by_region(torch.from_numpy(correct), batch.free.float(), task.regions())
+        axis = f"loop_{subject}"
+        variables[f"accuracy_{subject}"] = measurement(
+            table.numpy(), (axis, "region"), coords={axis: np.arange(cycle.n_loops), "region": np.unique(regions)},
+            long_name=f"linear-probe accuracy by {task.region_name}, {SUBJECTS[subject]}", units="probability",
+            definition=f"ridge classifier for the latent '{latent_name}' ({latent.description}) on resid_post of the last "
+                       "layer of each (pseudo-)loop, one probe per loop and region, held-out examples",
+            source="arXiv 1909.03368")
+        known = _regions_known(correct, batch.free.float().numpy(), regions, chance=_majority(setting))
+        slopes[subject] = setting.bootstrap(lambda i, known=known: _slope(known[:, i].mean(1)))
+    content.datasets["probe_by_region"] = xr.Dataset(variables)
+    content.add("probe_slope", f"{task.region_name}s that linear probes gain per loop",
+                "the same slope, for linear probes on the state after each (pseudo-)loop, at equal depth", "above 0", **slopes)
+
+
+def _probe_correct(setting: Setting, model: HookedLoopMDM, cycle: Cycle) -> np.ndarray:
+    """Is each position of each held-out example read correctly: [loop, example, pos].
+
+    Probes need more examples than intervals do: they are trained on examples of the training split.
+    """
+    task, n_test = setting.task, len(setting.noised)
+    more, more_noised = setting.masked(task.sample(4 * n_test, seed=setting.seed, split="train"), seed=setting.seed + 1)
+    tokens = torch.cat([setting.noised, more_noised])
+    latent = next(iter(task.latents(torch.cat([setting.batch.tokens, more.tokens])).values()))
+    sites = [cycle.topology.site_at(loop[-1]) for loop in cycle.depths]
+    with torch.no_grad():
+        _, rec = model.run_with_cache(tokens, cycle.topology.n_loops, t=setting.t, names_filter=sites)
+    states = torch.stack([rec[site] for site in sites])
+    correct = np.zeros((len(sites), n_test, tokens.shape[1]), dtype=np.float32)
+    for region in task.regions().unique():
+        positions = (task.regions() == region).nonzero()[:, 0]
+        labels = latent.values[:, positions].flatten()
+        train = torch.arange(len(tokens)).repeat_interleave(len(positions)) >= n_test
+        predicted = ridge_probes(states[:, :, positions].flatten(1, 2), labels, latent.n_classes, train=train).prediction
+        hits = torch.as_tensor(predicted)[:, ~train] == labels[~train]
+        correct[:, :, positions.numpy()] = hits.view(len(sites), n_test, len(positions)).numpy()
+    return correct
+
+
+def _majority(setting: Setting) -> float:
+    """Share of the commonest token among free cells: what guessing gets."""
+    tokens = setting.batch.tokens[setting.batch.free]
+    return float(torch.bincount(tokens).max() / len(tokens))
+
+
+def _regions_known(right: np.ndarray, free: np.ndarray, regions: np.ndarray, *, chance: float) -> np.ndarray:
+    """[loop, example]: how many regions are known, each counted by its accuracy above chance."""
+    known = np.zeros(right.shape[:2])
+    for region in np.unique(regions):
+        on = free * (regions == region)
+        count = on.sum(-1)
+        accuracy = (right * on).sum(-1) / np.maximum(count, 1)
+        known += np.where(count > 0, (accuracy - chance) / (1 - chance), 0)
+    return known
+
+
+def _slope(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.polyfit(np.arange(len(values)), values, 1)[0])

@@ -1,0 +1,211 @@
+"""The report of `rerun.py`: figures as pure functions of measurements, and one HTML page.
+
+    html = report(verdict, datasets)                 # self-contained, plotly included
+    figure = pattern_distance_figure(datasets["pattern_distance"])
+"""
+
+from __future__ import annotations
+
+import html as escape
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from plotly.subplots import make_subplots
+
+COLOURS = {"loop": "#0072B2", "control": "#D55E00", "deep": "#D55E00", "twin": "#009E73", "untrained": "#7F7F7F"}
+"""Okabe and Ito's colour-blind safe palette, one colour per subject everywhere."""
+KIND_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin, mid repeated S times", "deep": "deep twin, mid repeated S times"}
+
+
+def accuracy_figure(data: xr.Dataset, s_max: int, trained: Mapping[str, float]) -> go.Figure:
+    """Accuracy over S for the triplet, beside the accuracy of each twin as it was trained."""
+    figure = go.Figure()
+    for kind in data.kind.values:
+        y = data.accuracy.sel(kind=kind)
+        style = {} if kind == "loop" else {"dash": "dot"}
+        figure.add_scatter(x=data.n_loops, y=y, name=KIND_NAMES[str(kind)], mode="lines+markers",
+                           line={"color": COLOURS[str(kind)], **style})
+    for kind, value in trained.items():
+        figure.add_hline(y=value, line={"color": COLOURS[kind], "width": 1},
+                         annotation_text=f"{'twin' if kind == 'twin' else 'deep twin'} as trained",
+                         annotation_font_color=COLOURS[kind])
+    figure.add_vline(x=s_max, line={"color": "grey", "dash": "dash"}, annotation_text="S_max in training")
+    return _laid_out(figure, "loops S in one forward", "share of free cells right", y_range=[0.45, 1.02])
+
+
+def region_figure(array: xr.DataArray, region: str, *, loop_axis: str) -> go.Figure:
+    """Accuracy by region (row) and loop, as a heat map from guessing (0.5 or less) to certain (1)."""
+    shown = array.dropna("region")
+    figure = go.Figure(go.Heatmap(
+        z=shown.transpose("region", loop_axis).values, x=[f"{int(k) + 1}" for k in shown[loop_axis].values],
+        y=[f"{region} {int(r)}" for r in shown.region.values], zmin=0.5, zmax=1, colorscale="Viridis",
+        colorbar={"title": "accuracy"}, texttemplate="%{z:.2f}", textfont={"size": 11}))
+    figure.update_yaxes(autorange="reversed")
+    return _laid_out(figure, "after this many loops", region)
+
+
+def pattern_distance_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Figure:
+    """Attention distance between every two places of the cycle, one matrix per subject, on one scale."""
+    subjects = [str(name).removeprefix("distance_") for name in data.data_vars]
+    figure = make_subplots(cols=len(subjects), rows=1, subplot_titles=[names[s] for s in subjects],
+                           horizontal_spacing=0.12)
+    for column, subject in enumerate(subjects, start=1):
+        matrix = data[f"distance_{subject}"]
+        layers = np.array([str(label).split()[-1] for label in matrix[matrix.dims[0]].values])
+        order = np.argsort(layers, kind="stable")
+        labels = [str(matrix[matrix.dims[0]].values[i]) for i in order]
+        figure.add_trace(go.Heatmap(z=matrix.values[np.ix_(order, order)], x=labels, y=labels, zmin=0, zmax=1,
+                                    colorscale="Cividis", coloraxis="coloraxis"), row=1, col=column)
+        figure.update_yaxes(autorange="reversed", row=1, col=column)
+    figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": 1, "colorbar": {"title": "distance"}})
+    return _laid_out(figure, "", "", height=420)
+
+
+def interval_figure(table: list[dict[str, Any]], keys: list[str], names: Mapping[str, str]) -> go.Figure:
+    """Chosen rows of the table as dots with intervals, a colour per subject."""
+    rows = [row for row in table if row["key"] in keys]
+    figure = go.Figure()
+    for offset, (subject, name) in enumerate(names.items()):
+        shown = [row for row in rows if subject in row]
+        if not shown:
+            continue
+        values = [row[subject]["value"] for row in shown]
+        figure.add_scatter(
+            x=values, y=[rows.index(row) + 0.18 * (offset - 1) for row in shown], mode="markers", name=name,
+            marker={"color": COLOURS[subject], "size": 9},
+            error_x={"type": "data", "symmetric": False, "array": [row[subject]["high"] - v for row, v in zip(shown, values, strict=True)],
+                     "arrayminus": [v - row[subject]["low"] for row, v in zip(shown, values, strict=True)]})
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[row["measure"] for row in rows], autorange="reversed")
+    return _laid_out(figure, "value (pure number), with 95% interval over examples", "", height=120 + 60 * len(rows))
+
+
+def frozen_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Figure:
+    """Accuracy when attention is frozen after each loop; the last point is the model left alone."""
+    figure = go.Figure()
+    for name, curve in data.data_vars.items():
+        subject = str(name).removeprefix("accuracy_")
+        loops = [f"{int(k) + 1}" for k in curve[curve.dims[0]].values[:-1]] + ["never"]
+        figure.add_scatter(x=loops, y=curve.values, name=names[subject], mode="lines+markers",
+                           line={"color": COLOURS[subject]})
+    return _laid_out(figure, "attention patterns frozen after (pseudo-)loop", "share of free cells right")
+
+
+def profile_figure(data: xr.Dataset) -> go.Figure:
+    """Standardised layer profiles of the mean cycle and of the unlooped twin, side by side."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=["LoopMDM, mid layers averaged over loops", "unlooped twin"],
+                           shared_yaxes=True)
+    for column, name in enumerate(("loop", "twin"), start=1):
+        values = data[name].values
+        scaled = (values - values.mean(0)) / np.where(values.std(0) > 1e-12, values.std(0), 1)
+        figure.add_trace(go.Heatmap(z=scaled.T, x=data.layer.values, y=data.feature.values, coloraxis="coloraxis"),
+                         row=1, col=column)
+    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmid": 0, "cmin": -1.8, "cmax": 1.8,
+                                    "colorbar": {"title": "z over layers"}})
+    return _laid_out(figure, "layer", "", height=420)
+
+
+def _laid_out(figure: go.Figure, x: str, y: str, *, y_range: list[float] | None = None, height: int = 380) -> go.Figure:
+    figure.update_layout(template="plotly_white", height=height, margin={"l": 70, "r": 30, "t": 50, "b": 60},
+                         legend={"orientation": "h", "y": 1.12, "x": 0})
+    if x:
+        figure.update_xaxes(title_text=x)
+    if y:
+        figure.update_yaxes(title_text=y, range=y_range)
+    return figure
+
+
+def figures(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> list[tuple[str, str, go.Figure]]:
+    """(title, what am I looking at, figure) for everything in the report, in its order."""
+    names, region = verdict["subjects"], verdict["setting"]["region"]
+    curve = datasets["accuracy_over_loops"]
+    s_max = int(curve.n_loops.max()) // 2
+    trained = {kind: float(curve.accuracy.sel(kind=kind, n_loops=1)) for kind in ("twin", "deep")}
+    return [
+        ("Accuracy over loops", "All free cells masked and filled in one forward, at equal training FLOPs. Only the "
+         "LoopMDM was trained to be looped; the dotted curves repeat the twins' mid layers all the same.",
+         accuracy_figure(curve, s_max, trained)),
+        ("Operation: is attention of a layer the same in every loop?", "Distances between attention patterns of every "
+         "two places, ordered by layer. Dark blocks on the diagonal mean that a layer repeats itself over loops.",
+         pattern_distance_figure(datasets["pattern_distance"], names)),
+        ("Operation: the test", "A ratio of 1 says that being the same layer does not matter; 0 that loops repeat exactly.",
+         interval_figure(verdict["table"], ["within", "between", "ratio"], names)),
+        ("Operation: freezing attention", "Later loops must reuse the attention patterns of an earlier one.",
+         frozen_figure(datasets["frozen_attention"], names)),
+        ("Operation: variance of signatures", "What a layer does, in eight numbers, split by layer-in-cycle and by loop. "
+         "Shown for completeness: it does not separate the two reliably.",
+         interval_figure(verdict["table"], ["variance_layer", "variance_loop", "variance_interaction"], names)),
+        ("Operation: the mean cycle beside the unlooped twin", "Each feature standardised over layers, so that colour "
+         "says where in the network it is high or low.", profile_figure(datasets["profile"])),
+        (f"Content: {region}s answered if looping stopped here", "The coda lens: the tail reads the state after each loop.",
+         region_figure(datasets["coda_by_region"].accuracy, region, loop_axis="loop")),
+        (f"Content: {region}s that a linear probe reads, LoopMDM", "One ridge probe per loop and row, on held-out examples.",
+         region_figure(datasets["probe_by_region"].accuracy_loop, region, loop_axis="loop_loop")),
+        (f"Content: {region}s that a linear probe reads, deep twin", "The same after each pseudo-loop of the control.",
+         region_figure(datasets["probe_by_region"].accuracy_control, region, loop_axis="loop_control")),
+    ]
+
+
+def report(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> str:
+    """One HTML page that needs no network: verdict, table, figures with explanations, provenance."""
+    parts = []
+    for i, (title, explanation, figure) in enumerate(figures(verdict, datasets)):
+        body = figure.to_html(full_html=False, include_plotlyjs=i == 0, div_id=f"figure-{i}",
+                              config={"displaylogo": False})
+        parts.append(f"<h2>{escape.escape(title)}</h2><p>{escape.escape(explanation)}</p>{body}")
+    return _PAGE.format(question=escape.escape(verdict["question"]), conclusion=escape.escape(verdict["conclusion"]),
+                        operation=escape.escape(verdict["operation"]["words"]),
+                        content=escape.escape(verdict["content"]["words"]),
+                        seeds=escape.escape(verdict.get("over_seeds", "")), table=_table(verdict),
+                        seed_table=_seed_table(verdict), figures="\n".join(parts), provenance=_provenance(verdict["provenance"]))
+
+
+def _table(verdict: Mapping[str, Any]) -> str:
+    names = verdict["subjects"]
+    head = "".join(f"<th>{escape.escape(n)}</th>" for n in ["measure", *names.values(), "expected", "seen"])
+    rows = []
+    for row in verdict["table"]:
+        cells = "".join(f"<td>{_interval(row.get(subject))}</td>" for subject in names)
+        seen = {True: "yes", False: "<b>no</b>", None: "–"}[row["agrees"]]
+        rows.append(f"<tr title='{escape.escape(row['definition'], quote=True)}'><td>{escape.escape(row['measure'])}</td>"
+                    f"{cells}<td>{escape.escape(row['expected'])}</td><td>{seen}</td></tr>")
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _seed_table(verdict: Mapping[str, Any]) -> str:
+    """Point estimates of every training seed, LoopMDM / control, for the rows that both have."""
+    seeds = verdict.get("seeds", {})
+    if len(seeds) < 2:
+        return ""
+    head = "".join(f"<th>{escape.escape(n)}</th>" for n in ["LoopMDM / control", *seeds])
+    rows = []
+    for row in verdict["table"]:
+        cells = "".join(f"<td>{' / '.join(f'{v:.2f}' for s, v in seed['values'][row['key']].items() if s != 'untrained')}"
+                        "</td>" for seed in seeds.values())
+        rows.append(f"<tr><td>{escape.escape(row['measure'])}</td>{cells}</tr>")
+    return f"<h2>Over training seeds</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _interval(cell: Mapping[str, float] | None) -> str:
+    return "" if cell is None else f"{cell['value']:.2f} <small>[{cell['low']:.2f}, {cell['high']:.2f}]</small>"
+
+
+def _provenance(values: Mapping[str, Any]) -> str:
+    models = "".join(f"<li>{escape.escape(name)}: <code>{m['sha256'][:16]}…</code>, made by <code>"
+                     f"{escape.escape(m['command'])}</code></li>" for name, m in values["models"].items())
+    return (f"<p><code>{escape.escape(values['program'])}</code>, {values['seconds']:.0f} s on {values['threads']} threads, "
+            f"{escape.escape(str(values['versions']))}</p><ul>{models}</ul>")
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{question}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}}
+h1{{font-size:1.5em}}h2{{font-size:1.15em;margin-top:2em}}table{{border-collapse:collapse;font-size:.86em}}
+td,th{{border-bottom:1px solid #ddd;padding:.35em .6em;text-align:left;vertical-align:top}}small{{color:#555}}
+.words{{background:#f3f6fa;border-left:4px solid #0072B2;padding:.6em 1em}}</style>
+<h1>{question}</h1><div class="words"><p><b>{conclusion}</b></p><p>{operation}</p><p>{content}</p><p>{seeds}</p></div>
+<h2>The evidence in one table</h2><p>Value with 95% bootstrap interval over held-out examples; hover a row for its
+definition. “Seen” says whether it came out as expected with intervals apart.</p>{table}
+{seed_table}{figures}<h2>Where this comes from</h2>{provenance}</html>
+"""
