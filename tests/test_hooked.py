@@ -88,7 +88,7 @@ def test_a_looped_name_never_means_its_last_loop() -> None:
     model = small_model()
     _, rec = model.run_with_cache(small_tokens(), n_loops=3, names_filter=["blocks.1.hook_resid_post@1",
                                                                            "blocks.0.hook_resid_post"])
-    with pytest.raises(SiteError, match="names 3 sites, from .*@0 to .*@2; say which one"):
+    with pytest.raises(SiteError, match=r"names 3 sites, from .*@0 to .*@2; say which one"):
         rec["blocks.1.hook_resid_post"]
     with pytest.raises(SiteError, match=r"@0 was not recorded in this run; of blocks.1.hook_resid_post there are "
                                         r"blocks.1.hook_resid_post@1. Add it to names_filter"):
@@ -149,7 +149,7 @@ def test_gradients_at_loop_sites_are_those_of_autograd() -> None:
         return logits[..., :MASK].log_softmax(-1)[..., 2].sum()
 
     with torch.no_grad():  # loss_fn asks for gradients whatever the caller's mode
-        logits, rec = model.run_with_cache(tokens, n_loops=3, names_filter=sites, loss_fn=loss)
+        _, rec = model.run_with_cache(tokens, n_loops=3, names_filter=sites, loss_fn=loss)
     assert set(rec.gradients) == set(rec) == {"hook_embed", *(f"blocks.2.hook_resid_post@{k}" for k in range(3))}
     for k in range(3):
         state = rec[f"blocks.2.hook_resid_post@{k}"].clone().requires_grad_()
@@ -197,7 +197,8 @@ def test_patching_a_site_with_itself_changes_nothing() -> None:
             logits, rec = model.run_with_cache(tokens, n_loops=3, names_filter=lambda n: n.endswith("hook_resid_post"))
             assert torch.equal(plain, logits)
             for site in rec:
-                patched = model.run_with_hooks(tokens, n_loops=3, fwd_hooks=[(site, lambda x, hook: rec[hook.site])])
+                patched = model.run_with_hooks(
+                    tokens, n_loops=3, fwd_hooks=[(site, lambda x, hook, rec=rec: rec[hook.site])])
                 assert torch.equal(patched, logits), site
 
 
@@ -242,8 +243,8 @@ def test_edited_scores_give_the_pattern_of_the_edited_scores() -> None:
 # ------------------------------------------------------- refused before, undone after
 
 
-@pytest.mark.parametrize("site", ["blocks.1.hook_resid_post@3", "blocks.1.hook_resid_pots", "blocks.0.hook_resid_post@0",
-                                  "blocks.9.*", ["hook_embed", "blocks.1.hook_resid_post@7"]])
+@pytest.mark.parametrize("site", ["blocks.1.hook_resid_post@3", "blocks.1.hook_resid_pots", "blocks.9.*",
+                                  "blocks.0.hook_resid_post@0", ["hook_embed", "blocks.1.hook_resid_post@7"]])
 def test_sites_that_cannot_fire_are_refused_before_the_run(site: Any) -> None:
     model, tokens = small_model(), small_tokens()
     runs = model.clock.runs
@@ -271,7 +272,7 @@ def test_the_refusal_names_the_nearest_site_and_the_remedy() -> None:
 def test_a_hook_that_should_have_fired_and_did_not_is_an_error_after_the_run() -> None:
     model, tokens = small_model(), small_tokens()
     with (pytest.raises(RuntimeError, match=r"1 hooked site\(s\) never fired, blocks.1.hook_resid_post@3 first: the "
-                                            r"hooks were placed for 4 loops and the last forward ran 2. Give hooks\(\)"),
+                                            r"hooks were placed for 4 loops and the last forward ran 2. Give hooks"),
           model.hooks([("blocks.1.hook_resid_post@3", lambda x, hook: None)], n_loops=4)):
         model(tokens, 2)
     assert attached(model) == 0
@@ -296,7 +297,7 @@ def test_hooks_are_removed_after_exceptions(kind: type[BaseException]) -> None:
     with torch.no_grad():
         plain = model(tokens, 3)
         hooks = [("*.hook_resid_post", lambda x, hook: x * 2), ("blocks.2.hook_resid_post@1", fail)]
-        with pytest.raises(kind, match="blocks.2.hook_resid_post@1"):
+        with pytest.raises(kind, match=r"blocks\.2\.hook_resid_post@1"):
             model.run_with_hooks(tokens, 3, fwd_hooks=hooks)
         assert attached(model) == 0
         with pytest.raises(kind), model.hooks(hooks, n_loops=3):

@@ -51,7 +51,7 @@ def test_parts_of_the_residual_stream_sum_to_the_whole(variant: str) -> None:
     model, tokens = small_model(**VARIANTS[variant]), small_tokens()
     with torch.no_grad():  # the final norm is left unhooked: asked for its scale, it computes in another order
         logits, rec = model.run_with_cache(tokens, n_loops=3, names_filter=lambda name: not name.startswith("ln_final"))
-    total = rec["hook_embed"] + (rec["hook_pos_embed"] if "hook_pos_embed" in rec else 0)
+    total = rec["hook_embed"] + rec.get("hook_pos_embed", 0)
     for layer, loop in model.config.topology(3).unrolled():
         at = "" if loop is None else f"@{loop}"
         if loop is not None and layer == model.config.n_head_layers:
@@ -118,7 +118,7 @@ def test_deepcopy_and_pickle_give_an_independent_equal_model(variant: str) -> No
             assert torch.equal(twin(tokens), expected)
             assert torch.equal(copied.stack(name), original.stack(name))
             fired: list[str] = []
-            with twin.hooks([("hook_loop_in", lambda x, hook: fired.append(hook.site))]):
+            with twin.hooks([("hook_loop_in", lambda x, hook, fired=fired: fired.append(hook.site))]):
                 model(tokens)
                 assert not fired  # the copy's hooks are not the original's
                 twin(tokens)
@@ -169,7 +169,7 @@ def test_attention_against_a_naive_reference(variant: str) -> None:
         normed = rec["blocks.1.ln1.hook_normalized@1"]
         expected = naive_attention(model, 1, normed)
         torch.testing.assert_close(rec["blocks.1.hook_attn_out@1"], expected, atol=1e-5, rtol=1e-4)
-        fused, light = model.run_with_cache(tokens, n_loops=2, names_filter="blocks.1.hook_attn_out@1")
+        _, light = model.run_with_cache(tokens, n_loops=2, names_filter="blocks.1.hook_attn_out@1")
         torch.testing.assert_close(light["blocks.1.hook_attn_out@1"], expected, atol=1e-5, rtol=1e-4)
     pattern = rec["blocks.1.attn.hook_pattern@1"]
     torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))

@@ -49,7 +49,7 @@ def test_nested_cycles_have_two_indices() -> None:
 
 @pytest.mark.parametrize(("pattern", "message"), [
     ("blocks.1.hook_resid_post@8", r"'blocks.1.hook_resid_post@8' cannot fire: blocks.1.hook_resid_post runs 8 loops "
-                                   r"here, numbered 0..7. Nearest: 'blocks.1.hook_resid_post@7'. Pass a larger n_loops"),
+                                   r"here, numbered 0..7. Nearest: 'blocks.1.hook_resid_post@7'. Pass a larger"),
     ("blocks.1.hook_resid_post@-9", "cannot fire"),
     ("blocks.1.hook_resid_pots", "No site is called 'blocks.1.hook_resid_pots'. Nearest: 'blocks.1.hook_resid_post'"),
     ("hook_embed@0", "'hook_embed' runs once per forward and takes no '@0': write 'hook_embed'"),
@@ -69,7 +69,7 @@ def test_what_cannot_fire_is_refused_with_a_remedy(pattern: object, message: str
 
 def test_one_site_is_one_site() -> None:
     assert SPACE.one("blocks.1.hook_resid_post@-1") == Site("blocks.1.hook_resid_post", (7,), ("",))
-    with pytest.raises(SiteError, match="names 8 sites, from .*@0 to .*@7; say which one"):
+    with pytest.raises(SiteError, match=r"names 8 sites, from .*@0 to .*@7; say which one"):
         SPACE.one("blocks.1.hook_resid_post")
 
 
