@@ -6,7 +6,18 @@
 """
 
 from probes.attention import attention_summary, pattern_distance, patterns
+from probes.geometry import (
+    classify_tokens,
+    contraction,
+    dynamics,
+    effective_rank,
+    fixed_point,
+    matrix_entropy,
+    trajectory_pca,
+)
 from probes.lenses import read_lens
 from probes.measurement import depth_coords, measurement
 
-__all__ = ["attention_summary", "depth_coords", "measurement", "pattern_distance", "patterns", "read_lens"]
+__all__ = ["attention_summary", "classify_tokens", "contraction", "depth_coords", "dynamics", "effective_rank",
+           "fixed_point", "matrix_entropy", "measurement", "pattern_distance", "patterns", "read_lens",
+           "trajectory_pca"]
