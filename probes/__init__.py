@@ -16,8 +16,10 @@ from probes.geometry import (
     trajectory_pca,
 )
 from probes.lenses import read_lens
+from probes.linear import probe_latent, ridge_probes
 from probes.measurement import depth_coords, measurement
+from probes.similarity import cka_between_depths, linear_cka
 
-__all__ = ["attention_summary", "classify_tokens", "contraction", "depth_coords", "dynamics", "effective_rank",
-           "fixed_point", "matrix_entropy", "measurement", "pattern_distance", "patterns", "read_lens",
-           "trajectory_pca"]
+__all__ = ["attention_summary", "cka_between_depths", "classify_tokens", "contraction", "depth_coords", "dynamics",
+           "effective_rank", "fixed_point", "linear_cka", "matrix_entropy", "measurement", "pattern_distance",
+           "patterns", "probe_latent", "read_lens", "ridge_probes", "trajectory_pca"]
