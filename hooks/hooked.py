@@ -36,6 +36,10 @@ HookList = Sequence[tuple[SitePattern, HookFunction] | Edit]
 """[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``, and edits of `hooks.edits`."""
 
 
+Pending = set[tuple[str, int | None]]
+"""(name, loop) of the hooked sites that have not fired yet."""
+
+
 class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
                     tags=["looped-transformer", "masked-diffusion"]):
     """A LoopMDM with TransformerLens' recording and editing, per loop."""
@@ -84,7 +88,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         space = self.site_space(n_loops)
         sites = space.resolve((lambda name: not name.endswith("hook_result")) if names_filter is None
                               else names_filter)
-        patterns = [str(site) for site in sites]
+        patterns = names_filter if isinstance(names_filter, str) else [str(site) for site in sites]
         backward = [(patterns, recorder.backward)] if loss_fn is not None else []
         with (self.hooks(fwd_hooks=[(patterns, recorder)], bwd_hooks=backward, n_loops=n_loops),
               torch.set_grad_enabled(loss_fn is not None or torch.is_grad_enabled())):
@@ -106,7 +110,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         n_loops = self._checked_loops(n_loops)
         with self.exclusive():
             removers: list[Callable[[], None]] = []
-            pending: set[Site] = set()
+            pending: Pending = set()
             replans = self.replans
             try:
                 self.replans = (*replans, *(edit.replan for edit in fwd_hooks if isinstance(edit, PlanEdit)))
@@ -140,20 +144,19 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         for point in self.hook_points.values():
             point.entries = []
 
-    def _attach(self, sites: list[Site], fn: HookFunction, pending: set[Site],
+    def _attach(self, sites: list[Site], fn: HookFunction, pending: Pending,
                 removers: list[Callable[[], None]]) -> None:
         by_name: dict[str, set[int]] = {}
         for site in sites:
             by_name.setdefault(site.name, set()).update(site.loop)
-        pending.update(sites)
+        pending.update((site.name, site.loop[0] if site.loop else None) for site in sites)
         for name, loops in by_name.items():
             point = self.hook_points[name]
             removers.append(point.add(_ticking(fn, pending, point), loops if point.looped else None))
 
-    def _refuse_unfired(self, pending: set[Site], n_loops: int) -> None:
-        missed = sorted(str(site) for site in pending if not site.loop or site.loop[0] < self.clock.ran)
-        if not missed and pending and not self.clock.stopped_early:
-            missed = sorted(map(str, pending))
+    def _refuse_unfired(self, pending: Pending, n_loops: int) -> None:
+        missed = sorted(name if loop is None else f"{name}@{loop}" for name, loop in pending
+                        if loop is None or loop < self.clock.ran or not self.clock.stopped_early)
         if missed:
             raise RuntimeError(f"{len(missed)} hooked site(s) never fired, {missed[0]} first: the hooks were placed "
                                f"for {n_loops} loops and the last forward ran {self.clock.ran}. Give hooks() and "
@@ -218,11 +221,11 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         return model.to(map_location).eval()
 
 
-def _ticking(fn: HookFunction, pending: set[Site], point: HookPoint) -> HookFunction:
+def _ticking(fn: HookFunction, pending: Pending, point: HookPoint) -> HookFunction:
     """``fn``, crossing its site off ``pending`` when it fires."""
     def call(activation: Tensor, /, *, hook: HookPoint) -> Tensor | None:
         if pending:
-            pending.discard(Site(point.name, (point.clock.loop,), ("",)) if point.looped else Site(point.name))
+            pending.discard((point.name, point.loop))
         return fn(activation, hook=hook)
     return call
 

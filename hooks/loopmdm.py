@@ -145,6 +145,7 @@ class LoopMDM(nn.Module):
         self.clock = LoopClock()
         self.hook_points: dict[str, HookPoint] = {}
         self.replans: tuple[Replan, ...] = ()  # edits of the order of loops and layers, set by HookedLoopMDM.hooks
+        self._spaces: dict[int, SiteSpace] = {}
         self._lock = threading.RLock()
         d = config.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
@@ -311,7 +312,13 @@ class LoopMDM(nn.Module):
 
     def site_space(self, n_loops: int | None = None) -> SiteSpace:
         """Every site that fires in a forward of ``n_loops`` loops."""
-        return space_of(self.plan(n_loops), {name: point.looped for name, point in self.hook_points.items()})
+        if self.replans:
+            return space_of(self.plan(n_loops), {name: point.looped for name, point in self.hook_points.items()})
+        n_loops = self._checked_loops(n_loops)
+        if n_loops not in self._spaces:
+            self._spaces[n_loops] = SiteSpace({name: (("", n_loops),) if point.looped else ()
+                                               for name, point in self.hook_points.items()})
+        return self._spaces[n_loops]
 
     def plan(self, n_loops: int | None = None) -> Plan:
         """The passes of a forward of ``n_loops`` loops, under the edits that are in force."""

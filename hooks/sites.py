@@ -66,6 +66,7 @@ class SiteSpace:
     def __init__(self, names: Mapping[str, LoopAxes], absent: Set[Site] = frozenset()):
         self.names: dict[str, LoopAxes] = dict(names)
         self.absent = frozenset(absent)  # firings that an edit leaves out of the run
+        self._resolved: dict[str, list[Site]] = {}  # globbing is slow beside a small model's forward
 
     def __repr__(self) -> str:
         return f"SiteSpace({len(self.names)} names, {len(self.all())} sites)"
@@ -74,8 +75,8 @@ class SiteSpace:
         """Every site of one name, loop by loop."""
         axes = self.names[name]
         letters = tuple(letter for letter, _ in axes)
-        sites = (Site(name, loop, letters) for loop in itertools.product(*(range(n) for _, n in axes)))
-        return [site for site in sites if site not in self.absent]
+        sites = [Site(name, loop, letters) for loop in itertools.product(*(range(n) for _, n in axes))]
+        return [site for site in sites if site not in self.absent] if self.absent else sites
 
     def all(self) -> list[Site]:
         return [site for name in self.names for site in self.firings(name)]
@@ -97,8 +98,11 @@ class SiteSpace:
         wanted = [patterns] if isinstance(patterns, str) else list(patterns)
         if not wanted:
             raise SiteError("An empty list of sites was given: name at least one, or pass None for all.")
+        if len(wanted) == 1:
+            return list(self._resolve_one(wanted[0]))
         found = {site for pattern in wanted for site in self._resolve_one(pattern)}
-        return [site for name in self.names for site in self.firings(name) if site in found]
+        named = {site.name for site in found}
+        return [site for name in self.names if name in named for site in self.firings(name) if site in found]
 
     def one(self, pattern: str) -> Site:
         """The single site that ``pattern`` names; `SiteError` if it names several."""
@@ -113,8 +117,13 @@ class SiteSpace:
     def _resolve_one(self, pattern: str) -> list[Site]:
         if not isinstance(pattern, str):
             raise SiteError(f"A site is a string such as 'blocks.0.hook_resid_post', not {pattern!r}.")
+        if pattern not in self._resolved:
+            self._resolved[pattern] = self._looked_up(pattern)
+        return self._resolved[pattern]
+
+    def _looked_up(self, pattern: str) -> list[Site]:
         name, at = split(pattern)
-        names = [n for n in self.names if fnmatch.fnmatchcase(n, name)]
+        names = [name] if name in self.names else [n for n in self.names if fnmatch.fnmatchcase(n, name)]
         if not names:
             raise SiteError(f"No site is called {name!r}. Nearest: {self._nearest(name)}.")
         if at is None:
@@ -132,7 +141,7 @@ class SiteSpace:
         return self._present(sites, pattern)
 
     def _present(self, sites: list[Site], pattern: str) -> list[Site]:
-        present = [site for site in sites if site not in self.absent]
+        present = [site for site in sites if site not in self.absent] if self.absent else sites
         if not present:
             raise SiteError(f"{pattern!r} cannot fire: an edit of this run skips it. Name a site that still runs, or "
                             "drop that edit.")
