@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from studies.flops import mean_loops, training_flops
-from studies.tasks import Automaton, Task
+from studies.tasks import Automaton, Sudoku, Task
 from studies.training import Kind, TrainConfig
 
 
@@ -39,4 +39,8 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "automaton": Preset(Automaton(rule=30, width=12, rows=8), steps=2400, minutes="10 per kind"),
+    "sudoku6": Preset(Sudoku(size=6), steps=3000, minutes="16 per kind", variant="6x6"),
+    "sudoku9": Preset(Sudoku(size=9), steps=60_000, minutes="for a GPU; days", variant="9x9",
+                      model={"d_model": 128, "d_mlp": 512, "max_loops": 16},
+                      train={"batch_size": 128, "lr": 1e-3, "loss_on": "every"}),
 }

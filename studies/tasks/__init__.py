@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from studies.tasks.arithmetic import Arithmetic
 from studies.tasks.automaton import Automaton
 from studies.tasks.contract import Batch, Latent, Task
+from studies.tasks.pointer import Pointer
+from studies.tasks.sudoku import Sudoku
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Automaton,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Automaton, Pointer, Sudoku, Arithmetic)}
 
 
 def load_task(values: Mapping[str, Any]) -> Task:
@@ -19,4 +22,4 @@ def load_task(values: Mapping[str, Any]) -> Task:
     return TASKS[str(name)].from_dict(values)
 
 
-__all__ = ["TASKS", "Batch", "Latent", "Task", "load_task"]
+__all__ = ["TASKS", "Arithmetic", "Automaton", "Batch", "Latent", "Pointer", "Sudoku", "Task", "load_task"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from studies.tasks.contract import Batch, Latent, Task
@@ -78,7 +78,8 @@ class Automaton(Task):
             grid.append(table[_neighbourhood(grid[-1])])
         return torch.stack(grid, 1)
 
-    def latents(self, tokens: Int[Tensor, "example pos"]) -> Mapping[str, Latent]:
+    def latents(self, tokens: Int[Tensor, "example pos"],
+                free: Bool[Tensor, "example pos"] | None = None) -> Mapping[str, Latent]:
         grid = tokens.view(-1, self.rows, self.width)
         above = torch.full_like(grid, -1)
         above[:, 1:] = _neighbourhood(grid[:, :-1])

@@ -64,8 +64,12 @@ class Task(ABC):
         """``n`` examples, the same for the same seed and split ("train" or "test"; disjoint)."""
 
     @abstractmethod
-    def latents(self, tokens: Int[Tensor, "example pos"]) -> Mapping[str, Latent]:
-        """Every latent of clean examples; the first one is the task's main one."""
+    def latents(self, tokens: Int[Tensor, "example pos"],
+                free: Bool[Tensor, "example pos"] | None = None) -> Mapping[str, Latent]:
+        """Every latent of clean examples; the first one is the task's main one.
+
+        Latents that depend on which positions are given (a puzzle's clues) are there only when ``free`` is.
+        """
 
     @abstractmethod
     def regions(self) -> Int[Tensor, "pos"]:

@@ -1,0 +1,157 @@
+"""Following pointers: f as shuffled key–value pairs, then the chain x, f(x), f²(x), … to fill in.
+
+Where the automaton is local, this task looks up by content: each hop needs the pair whose key
+is the entity before. The pairs and the chain's start are given, the rest of the chain is free.
+The permutation is a single cycle, so that a chain repeats nothing before it has seen every key.
+
+    >>> print(Pointer(keys=4, hops=3).decode(Pointer(keys=4, hops=3).sample(1, seed=0).tokens[0]))
+    c>a d>b a>d b>c | a d b c
+
+``min_keys`` and ``min_hops`` below their maxima make a curriculum: examples then use any number
+of keys and hops in the range, and the rest of the sequence is blank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from studies.tasks.contract import Batch, Latent, Task
+
+_NAMES = "abcdefghijklmnopqrstuvwxyz"
+_MAX_KEYS = len(_NAMES)
+
+
+@dataclass(frozen=True)
+class Pointer(Task):
+    """``hops`` applications of a cyclic permutation of up to ``keys`` entities out of ``entities``.
+
+    Tokens: entities, a blank, the mask. Layout: key, value for each pair, then the chain. A quarter of all
+    functions, chosen by a hash of the successor of every entity, is kept for testing.
+    """
+
+    name: ClassVar[str] = "pointer"
+    region_name: ClassVar[str] = "hop"
+
+    keys: int = 8                    # most pairs in an example, 2..26
+    hops: int = 6                    # most hops in a chain
+    entities: int = 0                # names to choose keys from; 0 means as many as keys
+    min_keys: int = 0                # fewest pairs in an example; 0 means always ``keys``
+    min_hops: int = 0                # fewest hops that are filled in; 0 means always ``hops``
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.keys <= self.n_entities <= _MAX_KEYS:
+            raise ValueError(f"keys must be 2..entities and entities at most {_MAX_KEYS}, "
+                             f"not {self.keys} and {self.n_entities}.")
+        if self.hops < 1:
+            raise ValueError(f"hops must be at least 1, not {self.hops}.")
+        if self.min_keys and not 2 <= self.min_keys <= self.keys:
+            raise ValueError(f"min_keys must be 0 or 2..{self.keys}, not {self.min_keys}.")
+        if not 0 <= self.min_hops <= self.hops:
+            raise ValueError(f"min_hops must be 0..{self.hops}, not {self.min_hops}.")
+
+    @property
+    def n_entities(self) -> int:
+        return self.entities or self.keys
+
+    @property
+    def blank_id(self) -> int:
+        return self.n_entities
+
+    @property
+    def vocab_size(self) -> int:
+        return self.n_entities + 2
+
+    @property
+    def seq_len(self) -> int:
+        return 2 * self.keys + self.hops + 1
+
+    def sample(self, n: int, seed: int, split: str = "train") -> Batch:
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', not {split!r}.")
+        generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+        kept = torch.empty(0, self.seq_len, dtype=torch.long)
+        while len(kept) < n:
+            draws = 4 * n + 8
+            cycle = torch.rand(draws, self.n_entities, generator=generator).argsort(1)[:, :self.keys]
+            n_keys = torch.randint(self.min_keys or self.keys, self.keys + 1, (draws,), generator=generator)
+            n_hops = torch.randint(self.min_hops or self.hops, self.hops + 1, (draws,), generator=generator)
+            order = torch.rand(draws, self.keys, generator=generator).argsort(1)
+            chosen = self._is_test(cycle, n_keys) == (split == "test")
+            kept = torch.cat([kept, self.layout(cycle[chosen], n_keys[chosen], n_hops[chosen], order[chosen])])
+        tokens = kept[:n]
+        free = (self.regions() > 0) & (tokens != self.blank_id)
+        return Batch(tokens, free)
+
+    def layout(self, cycle: Int[Tensor, "example key"], n_keys: Int[Tensor, "example"],
+               n_hops: Int[Tensor, "example"], order: Int[Tensor, "example key"]) -> Int[Tensor, "example pos"]:
+        """Whole examples. The first ``n_keys`` of ``cycle`` follow one another in a ring; the chain starts at the
+        first one. ``order`` shuffles the pairs' places."""
+        slot = torch.arange(self.keys)
+        inside = slot < n_keys[:, None]
+        values = cycle.gather(1, (slot + 1) % n_keys[:, None])
+        pairs = torch.stack([cycle, values], -1).masked_fill(~inside[..., None], self.blank_id)
+        pairs = pairs.gather(1, order[..., None].expand(-1, -1, 2))
+        hop = torch.arange(self.hops + 1)
+        chain = cycle.gather(1, hop % n_keys[:, None]).masked_fill(hop > n_hops[:, None], self.blank_id)
+        return torch.cat([pairs.flatten(1), chain], 1)
+
+    def latents(self, tokens: Int[Tensor, "example pos"],
+                free: Bool[Tensor, "example pos"] | None = None) -> Mapping[str, Latent]:
+        blank = tokens == self.blank_id
+        pairs = tokens[:, :2 * self.keys].unflatten(1, (self.keys, 2))
+        chain = tokens[:, 2 * self.keys:]
+        # The hop at which a pair is first used: where its key stands in the chain, before the last hop.
+        match = (pairs[..., :1] == chain[:, None, :-1]) & (chain[:, None, 1:] != self.blank_id)
+        used = torch.where(match.any(-1), match.int().argmax(-1) + 1, 0).masked_fill(blank[:, :2 * self.keys:2], -1)
+        hop = torch.arange(self.hops + 1).expand(len(tokens), -1).masked_fill(blank[:, 2 * self.keys:], -1)
+        undefined = torch.full_like(tokens[:, :2 * self.keys], -1)
+        return {
+            "entity": Latent(tokens.masked_fill(blank, -1), self.n_entities, "the entity itself"),
+            "hop": Latent(torch.cat([undefined, hop], 1), self.hops + 1, "hops from the start, on the chain"),
+            "used_at": Latent(torch.cat([used.repeat_interleave(2, 1), torch.full_like(chain, -1)], 1), self.hops + 1,
+                              "the first hop that uses the pair, 0 if none does"),
+        }
+
+    def regions(self) -> Int[Tensor, "pos"]:
+        return torch.cat([torch.zeros(2 * self.keys, dtype=torch.long), torch.arange(self.hops + 1)])
+
+    def decode(self, tokens: Int[Tensor, "pos"]) -> str:
+        names = self.token_names()
+        words = [names[token] for token in tokens.tolist()]
+        pairs = [f"{words[2 * i]}>{words[2 * i + 1]}" for i in range(self.keys)]
+        return f"{' '.join(pairs)} | {' '.join(words[2 * self.keys:])}"
+
+    def encode(self, text: str) -> Int[Tensor, "pos"]:
+        pairs, bar, chain = text.partition("|")
+        halves = [pair.split(">") for pair in pairs.split()]
+        words = [word for half in halves for word in half] + chain.split()
+        names = self.token_names()
+        if not bar or len(halves) != self.keys or any(len(half) != 2 for half in halves) or len(words) != self.seq_len \
+                or set(words) - set(names):
+            raise ValueError(f"expected {self.keys} pairs like 'a>b', a '|' and {self.hops + 1} entities, all out of {names}.")
+        return torch.tensor([names.index(word) for word in words])
+
+    def token_names(self) -> list[str]:
+        return [*_NAMES[:self.n_entities], "_", "■"]
+
+    def position_names(self) -> list[str]:
+        pairs = [f"pair {i + 1}, {what}" for i in range(self.keys) for what in ("key", "value")]
+        return [*pairs, "start", *(f"hop {hop}" for hop in range(1, self.hops + 1))]
+
+    def model_defaults(self) -> dict[str, Any]:
+        return {"d_model": 64, "n_heads": 4, "d_mlp": 256, "n_head_layers": 1, "n_loop_layers": 2,
+                "n_tail_layers": 1, "max_loops": 8, "position": "rotary", "rotary_base": 100.0, "qk_norm": True}
+
+    def _is_test(self, cycle: Int[Tensor, "example key"], n_keys: Int[Tensor, "example"]) -> Bool[Tensor, "example"]:
+        """Hashes the function (not the start of the chain nor the order of pairs)."""
+        slot = torch.arange(self.keys)
+        values = cycle.gather(1, (slot + 1) % n_keys[:, None])
+        term = ((cycle + 1) * 40503 + (values + 1) * 1_000_003) % (2 ** 31 - 1)
+        term = (term * term % (2 ** 31 - 1)).masked_fill(slot >= n_keys[:, None], 0)
+        return (term.sum(1) * 2654435761 % 2 ** 32 >> 16) % 4 == 0
