@@ -118,8 +118,9 @@ def classify_tokens(residual: xr.DataArray, topology: Topology, *, fixed_point: 
     """Does each token's state, at each looped layer, converge, cycle or drift? Over (layer, batch, pos).
 
     - *converged*: cos(X_k, X*) ≥ ``threshold`` at each of the last ``window`` loops;
-    - *cyclic*: not converged, and for a period p in 2..``max_period`` cos(X_k, X_(k−p)) ≥ ``threshold`` at each of
-      the last ``window`` loops; ``period`` holds the smallest such p (1 if converged, 0 if drifting);
+    - *cyclic*: not converged, and for a period p in 2..``max_period`` cos(X_k, X_(k−p)) is at least ``threshold``
+      and above cos(X_k, X_(k−1)) (a slow drift is nearest to the loop before) at each of the last ``window`` loops;
+      ``period`` holds the smallest such p (1 if converged, 0 if drifting);
     - *drifting*: neither.
 
     X* is ``fixed_point``, or else the last recorded loop, with the window just before it. ``token_class`` holds
@@ -136,13 +137,14 @@ def classify_tokens(residual: xr.DataArray, topology: Topology, *, fixed_point: 
     else:
         near = _cosine(x[-window - 1:-1], x[-1:])
     period = np.where((near >= threshold).all(0), 1, 0)
+    before = _cosine(x[-window:], x[-window - 1:-1])
     for p in range(2, max_period + 1):
         back = _cosine(x[-window:], x[-window - p:len(x) - p])
-        period = np.where((period == 0) & (back >= threshold).all(0), p, period)
+        period = np.where((period == 0) & ((back >= threshold) & (back > before)).all(0), p, period)
     token_class = np.select([period == 1, period > 1], [2, 1], 0)
     coords = {name: c for name, c in _cycle_coords(residual, topology).items() if name != "loop"}
     rule = (f"converged: cos(X_k, X*) ≥ {threshold} in the last {window} loops; cyclic: cos(X_k, X_(k−p)) ≥ "
-            f"{threshold} there for a p in 2..{max_period}; drifting: neither")
+            f"{threshold} and above cos(X_k, X_(k−1)) there for a p in 2..{max_period}; drifting: neither")
     shared: dict[str, Any] = {"units": "1", "definition": rule, "source": FIXED_POINTS + "; thresholds ours",
                               "coords": coords}
     dims = ("layer", "batch", "pos")

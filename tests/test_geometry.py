@@ -152,19 +152,21 @@ def test_the_fixed_point_is_the_state_after_many_loops() -> None:
 @pytest.mark.parametrize("given", [True, False])
 def test_tokens_that_converge_cycle_and_drift_are_told_apart(given: bool) -> None:
     topology = Topology(0, 1, 0, 12)
-    goal = noise(0, 1, 4, D)
+    goal = noise(0, 1, 5, D)
     walk, spots = noise(1, 12, D), noise(2, 3, D)
 
     def state(layer: int, k: int) -> np.ndarray:
-        x = goal + 0.3 ** k * noise(3, 1, 4, D)                       # position 0 converges
+        x = goal + 0.3 ** k * noise(3, 1, 5, D)                       # position 0 converges
         x[0, 1], x[0, 2], x[0, 3] = spots[k % 2], spots[k % 3], walk[k]
+        x[0, 4] = walk[0] + (k - 20) * 0.02 * walk[1]                 # a slow drift: near to itself at every lag
         return x
 
     residual = residual_of(state, topology)
     target = xr.DataArray(goal[None], dims=("layer", "batch", "pos", "d_model"))
     classes = classify_tokens(residual, topology, fixed_point=target if given else None)
-    assert classes.token_class.values[0, 0].tolist() == [2, 1, 1, 0]
-    assert classes.period.values[0, 0].tolist() == [1, 2, 3, 0]
+    drift = 0 if given else 2  # without X*, a drift this slow cannot be told from having arrived
+    assert classes.token_class.values[0, 0].tolist() == [2, 1, 1, 0, drift]
+    assert classes.period.values[0, 0].tolist() == [1, 2, 3, 0, drift // 2]
     assert classes.token_class.attrs["flag_meanings"].split() == ["drifting", "cyclic", "converged"]
     assert "0.99" in classes.token_class.attrs["definition"]
 
