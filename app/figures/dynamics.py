@@ -1,0 +1,141 @@
+"""Figures of movement: trajectories in PCA space, curves over loops, and where states still move.
+
+    figure = trajectories(pca.isel(batch=0), regions, "row", layer=2)
+    figure = over_loops(moves.step_relative.isel(batch=0), masked)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from jaxtyping import Bool, Int
+from plotly.subplots import make_subplots
+
+from app.figures.grids import Look, key
+from app.figures.style import AMOUNT, CATEGORIES, FAINT, GREEN, ORANGE, VERMILLION, colourbar, ramp, styled
+
+CLASS_COLOURS = {"converged": GREEN, "cyclic": ORANGE, "drifting": VERMILLION}
+
+
+def trajectories(pca: xr.Dataset, regions: Int[np.ndarray, "pos"], region_name: str, *, positions: list[int],
+                 layer: int | None, components: tuple[int, int] = (0, 1)) -> go.Figure:
+    """The path of each position through PCA space, from loop to loop: pca over (depth, pos, component).
+
+    ``layer`` keeps one looped layer, so that a path is that layer's state over loops; None follows the state
+    through every layer, head and tail too. A ring marks the start, a disc the end of a path.
+    """
+    steps = np.arange(pca.sizes["depth"]) if layer is None else np.nonzero(pca.layer.values == layer)[0]
+    xy = pca.coordinates.transpose("depth", "pos", "component").values[steps][:, :, list(components)]
+    loop = pca.loop.values[steps]
+    wanted = [r for r in np.unique(regions) if any(regions[p] == r for p in positions)]
+    figure = go.Figure()
+    for r, colour in zip(wanted, ramp(len(wanted)), strict=True):
+        here = [p for p in positions if regions[p] == r]
+        x, y = (_with_gaps(xy[:, here, i]) for i in (0, 1))
+        text = [f"loop {k}" if k >= 0 else "run once" for k in loop]
+        hover = [t for p in here for t in [*(f"position {p}, {label}" for label in text), ""]]
+        group = {"legendgroup": str(r), "name": f"{region_name} {r}"}
+        figure.add_trace(go.Scatter(x=x, y=y, mode="lines+markers", text=hover, hovertemplate="%{text}<extra></extra>",
+                                    line={"color": colour, "width": 1.2}, marker={"size": 3.5}, opacity=0.75, **group))
+        for at, symbol in ((0, "circle-open"), (-1, "circle")):
+            figure.add_trace(go.Scatter(x=xy[at, here, 0], y=xy[at, here, 1], mode="markers", showlegend=False,
+                                        hoverinfo="skip", marker={"symbol": symbol, "size": 8, "color": colour,
+                                                                  "line": {"width": 1.5, "color": colour}}, **group))
+    figure.add_trace(key("start", "circle-open", FAINT))
+    figure.add_trace(key("end", "circle", FAINT))
+    styled(figure, height=520)
+    share = 100 * pca.explained_variance_ratio.values
+    a, b = components
+    figure.update_xaxes(title_text=f"principal component {a + 1} ({share[a]:.0f}% of the variance)")
+    figure.update_yaxes(title_text=f"principal component {b + 1} ({share[b]:.0f}% of the variance)")
+    return figure
+
+
+def over_loops(values: xr.DataArray, where: Bool[np.ndarray, "pos"], *, log: bool = False,
+               zero: bool = False, limits: tuple[float, float] | None = None) -> go.Figure:
+    """A quantity over loops, one line per looped layer: median over positions, band from the 10th to the 90th percentile.
+
+    ``values`` over (loop, layer, pos); ``zero`` draws the line at 0 where it means something.
+    """
+    figure = go.Figure()
+    loops = values.loop.values
+    for i, layer in enumerate(values.layer.values):
+        v = values.sel(layer=layer).transpose("loop", "pos").values[:, where]
+        defined = np.isfinite(v).any(1)
+        low, mid, high = np.nanquantile(v[defined], [0.1, 0.5, 0.9], axis=1)
+        x, colour = loops[defined], CATEGORIES[i % len(CATEGORIES)]
+        figure.add_trace(go.Scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines", hoverinfo="skip",
+                                    line={"width": 0, "color": colour}, fillcolor=_faint(colour), showlegend=i == 0,
+                                    name="10th to 90th percentile of positions", legendgroup="band"))
+        figure.add_trace(go.Scatter(x=x, y=mid, mode="lines+markers", name=f"layer {layer}, median",
+                                    line={"color": colour, "width": 2.2},
+                                    hovertemplate=f"layer {layer}, loop %{{x}}<br>%{{y:.4g}}<extra></extra>"))
+    if zero:
+        figure.add_hline(y=0, line={"color": FAINT, "width": 1, "dash": "dot"})
+    styled(figure, height=360)
+    figure.update_layout(margin={"t": 74}, legend={"y": 1, "yref": "container", "yanchor": "top"})
+    unit = str(values.attrs["units"])
+    figure.update_xaxes(title_text="loop", dtick=1 if len(loops) <= 16 else 2, range=[loops[0] - 0.3, loops[-1] + 0.3])
+    figure.update_yaxes(title_text=f"{values.attrs['long_name']} [{unit}]", type="log" if log else "linear",
+                        **({"exponentformat": "power", "dtick": "D2", "minexponent": 2} if log else {}), **({"range": limits} if limits else {}))
+    return figure
+
+
+def distance_grid(distance: xr.DataArray, regions: Int[np.ndarray, "pos"], region_name: str, names: list[str]) -> go.Figure:
+    """Distance to the fixed point of every position after every loop, on a logarithmic scale: (loop, pos)."""
+    values = distance.transpose("pos", "loop").values
+    z = np.log10(np.maximum(values, 1e-6))
+    low, high = max(-6, int(np.floor(z.min()))), max(0, int(np.ceil(z.max() - 0.3)))
+    ticks = list(range(low, high + 1))
+    figure = go.Figure(go.Heatmap(
+        z=z, x=distance.loop.values, zmin=low, zmax=high, colorscale=AMOUNT, xgap=1,
+        customdata=np.repeat(np.asarray(names, dtype=object)[:, None], z.shape[1], 1), text=values,
+        hovertemplate="%{customdata}<br>loop %{x}<br>distance %{text:.2e}<extra></extra>",
+        colorbar=colourbar("distance to the fixed point [1]", tickvals=ticks,
+                           ticktext=[f"{10.0 ** k:g}" for k in ticks])))
+    styled(figure, height=460, legend=False)
+    starts = [i for i in range(len(regions)) if i == 0 or regions[i] != regions[i - 1]]
+    centres = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(regions)], strict=True)]
+    figure.update_yaxes(range=[len(regions) - 0.5, -0.5], tickvals=centres, ticktext=[str(regions[a]) for a in starts],
+                        title_text=f"{region_name} (positions in order)", showgrid=False)
+    for a in starts[1:]:
+        figure.add_hline(y=a - 0.5, line={"color": "white", "width": 1.5})
+    figure.update_xaxes(title_text="loop", dtick=1 if len(distance.loop) <= 16 else 2, showgrid=False)
+    figure.update_layout(margin={"t": 24})
+    return figure
+
+
+def class_grid(classes: xr.DataArray, look: Look) -> go.Figure:
+    """Fixed-point class of every position, one grid per looped layer: classes over (layer, pos), 0, 1, 2."""
+    names = str(classes.attrs["flag_meanings"]).split()
+    colours = [CLASS_COLOURS[name] for name in names]
+    scale = [[edge, colours[i]] for i in range(3) for edge in (i / 3, (i + 1) / 3)]
+    layers = classes.layer.values
+    figure = make_subplots(1, len(layers), subplot_titles=[f"layer {layer}" for layer in layers], horizontal_spacing=0.06)
+    for i, layer in enumerate(layers):
+        z = look.grid(classes.sel(layer=layer).values)
+        figure.add_trace(go.Heatmap(z=z, zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False, xgap=1, ygap=1,
+                                    text=np.asarray(names, dtype=object)[z],
+                                    customdata=look.grid(np.asarray(look.position_names, dtype=object)),
+                                    hovertemplate="%{customdata}<br>%{text}<extra></extra>"), row=1, col=i + 1)
+    for name in reversed(names):
+        figure.add_trace(key(name, "square", CLASS_COLOURS[name]))
+    styled(figure, height=22 * look.shape[0] + 120)
+    figure.update_xaxes(title_text="column", showticklabels=False, showgrid=False, zeroline=False)
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, autorange="reversed")
+    figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", col=1)
+    figure.update_layout(margin={"t": 66, "l": 36, "b": 36}, legend={"y": 1, "yref": "container", "yanchor": "top"})
+    return figure
+
+
+# ---------------------------------------------------------------------- private
+
+def _with_gaps(paths: np.ndarray) -> list[float | None]:
+    """[step, path] as one line per path, with a gap between any two."""
+    return [v for path in paths.T.tolist() for v in [*path, None]]
+
+
+def _faint(colour: str) -> str:
+    r, g, b = (int(colour[i:i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r}, {g}, {b}, 0.13)"

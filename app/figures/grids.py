@@ -1,0 +1,184 @@
+"""Token grids: a sequence in its two dimensions, as small multiples, and as something to click on.
+
+Two tokens are drawn dark and light; larger vocabularies get the token's name in each cell.
+
+    figure = token_grids([Panel("truth", tokens), Panel("loop 3", predicted, wrong=predicted != tokens)], look)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Bool, Float, Int
+from plotly.subplots import make_subplots
+
+from app.figures.style import FAINT, ORANGE, RULE, SHARE, SKY, VERMILLION, colourbar, styled
+
+LIGHT, DARK, MASK = "#F2EBDD", "#3B4A5E", "#BCC5D0"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a task's sequences are drawn."""
+
+    shape: tuple[int, int]              # rows, columns
+    token_names: Sequence[str]          # by token id, the mask last
+    position_names: Sequence[str]
+
+    @property
+    def mask(self) -> int:
+        return len(self.token_names) - 1
+
+    @property
+    def binary(self) -> bool:
+        return self.mask == 2
+
+    def grid(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One grid of tokens."""
+
+    title: str
+    tokens: Int[np.ndarray, "pos"]
+    wrong: Bool[np.ndarray, "pos"] | None = None       # crossed out
+    marked: Bool[np.ndarray, "pos"] | None = None      # ringed: just revealed
+
+
+def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: int = 15) -> go.Figure:
+    """Small multiples of token grids, errors crossed out, cells of note ringed."""
+    columns = min(columns, len(panels))
+    n_rows = -(-len(panels) // columns)
+    height_px = look.shape[0] * cell
+    total = n_rows * (height_px + 34) + 74
+    figure = make_subplots(n_rows, columns, subplot_titles=[panel.title for panel in panels],
+                           horizontal_spacing=0.14 / columns if columns > 1 else 0,
+                           vertical_spacing=34 / max(total - 90, 1) if n_rows > 1 else 0)
+    for i, panel in enumerate(panels):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        figure.add_trace(_cells(panel.tokens, look), **place)
+        for flags, symbol, colour, name in ((panel.marked, "square-open", ORANGE, "revealed at this step"),
+                                            (panel.wrong, "x-thin", VERMILLION, "wrong")):
+            if flags is not None and flags.any():
+                y, x = np.nonzero(look.grid(flags))
+                line = {"width": 2.5, "color": colour}
+                figure.add_trace(go.Scatter(x=x, y=y, mode="markers", showlegend=False, hoverinfo="skip", name=name,
+                                            marker={"symbol": symbol, "size": 0.62 * cell, "color": colour,
+                                                    "line": line}), **place)
+    for j in range(len(panels), n_rows * columns):
+        figure.update_xaxes(visible=False, row=j // columns + 1, col=j % columns + 1)
+        figure.update_yaxes(visible=False, row=j // columns + 1, col=j % columns + 1)
+    _legend(figure, look, wrong=any(p.wrong is not None for p in panels),
+            marked=any(p.marked is not None for p in panels))
+    styled(figure, height=total)
+    figure.update_annotations(font={"size": 12, "color": FAINT})
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, constrain="domain")
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, autorange="reversed")
+    figure.update_xaxes(title_text="column", title_font_size=11, title_standoff=2, row=n_rows)
+    figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", title_font_size=11, title_standoff=2, col=1)
+    figure.update_layout(margin={"l": 36, "r": 8, "t": 64, "b": 30},
+                         legend={"y": 1, "yref": "container", "yanchor": "top"})
+    return figure
+
+
+def mask_editor(tokens: Int[np.ndarray, "pos"], hidden: Bool[np.ndarray, "pos"], free: Bool[np.ndarray, "pos"],
+                look: Look, *, cell: int = 26) -> go.Figure:
+    """The example as a board of cells to click or to box: point i of the first trace is position i."""
+    rows, columns = look.shape
+    y, x = np.divmod(np.arange(len(tokens)), columns)
+    shown = np.where(hidden, look.mask, tokens)
+    colours = [MASK if h else _colour(int(token), look) for token, h in zip(tokens, hidden, strict=True)]
+    state = np.where(~free, "given, always visible", np.where(hidden, "masked; click to show", "visible; click to mask"))
+    names = [look.token_names[int(token)] for token in shown]
+    figure = go.Figure(go.Scatter(
+        x=x, y=y, mode="markers" if look.binary else "markers+text", text=["" if look.binary else n for n in names],
+        customdata=np.stack([look.position_names, state, names], -1), showlegend=False,
+        hovertemplate="%{customdata[0]}<br>token %{customdata[2]}<br>%{customdata[1]}<extra></extra>",
+        marker={"symbol": "square", "size": cell - 4, "color": colours, "opacity": 1,
+                "line": {"width": np.where(free, 1, 3), "color": np.where(free, RULE, SKY)}},
+        selected={"marker": {"opacity": 1}}, unselected={"marker": {"opacity": 1}}))
+    _legend(figure, look)
+    figure.add_trace(key("given", "square-open", SKY))
+    styled(figure, height=rows * cell + 92)
+    figure.update_xaxes(range=[-0.6, columns - 0.4], showgrid=False, zeroline=False, showticklabels=False,
+                        title_text="column", title_font_size=11, title_standoff=2)
+    figure.update_yaxes(range=[rows - 0.4, -0.6], showgrid=False, zeroline=False, showticklabels=False,
+                        title_text="row" if rows > 1 else "", title_font_size=11, title_standoff=2)
+    figure.update_layout(margin={"l": 32, "r": 8, "t": 44, "b": 32}, dragmode="select", clickmode="event+select",
+                         width=columns * cell + 44)
+    return figure
+
+
+def value_grids(values: Sequence[Float[np.ndarray, "pos"]], titles: Sequence[str], look: Look, *, bar: str,
+                zmax: float, marked: int | None = None, columns: int = 6, cell: int = 15) -> go.Figure:
+    """Small multiples of an amount per position, on one sequential scale from 0; ``marked`` is a position to ring."""
+    columns = min(columns, len(values))
+    n_rows = -(-len(values) // columns)
+    total = n_rows * (look.shape[0] * cell + 34) + 60
+    figure = make_subplots(n_rows, columns, subplot_titles=list(titles),
+                           horizontal_spacing=0.14 / columns if columns > 1 else 0,
+                           vertical_spacing=34 / max(total - 76, 1) if n_rows > 1 else 0)
+    names = look.grid(np.asarray(look.position_names, dtype=object))
+    for i, value in enumerate(values):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        figure.add_trace(go.Heatmap(z=look.grid(value), customdata=names, coloraxis="coloraxis", xgap=1, ygap=1,
+                                    hovertemplate=f"%{{customdata}}<br>{bar} %{{z:.3f}}<extra>{titles[i]}</extra>"), **place)
+        if marked is not None:
+            y, x = divmod(marked, look.shape[1])
+            figure.add_trace(go.Scatter(x=[x], y=[y], mode="markers", hoverinfo="skip", showlegend=False,
+                                        marker={"symbol": "square-open", "size": cell - 2, "color": VERMILLION,
+                                                "line": {"width": 2.5}}), **place)
+    if marked is not None:
+        figure.add_trace(key("the query", "square-open", VERMILLION))
+    styled(figure, height=total, legend=marked is not None)
+    figure.update_annotations(font={"size": 12, "color": FAINT})
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, autorange="reversed")
+    figure.update_xaxes(title_text="column", title_font_size=11, title_standoff=2, row=n_rows)
+    figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", title_font_size=11, title_standoff=2, col=1)
+    figure.update_layout(margin={"l": 36, "r": 8, "t": 50, "b": 30},
+                         legend={"y": 1, "yref": "container", "yanchor": "top"},
+                         plot_bgcolor=RULE,
+                         coloraxis={"colorscale": SHARE, "cmin": 0, "cmax": zmax, "colorbar": colourbar(bar)})
+    return figure
+
+
+# ---------------------------------------------------------------------- private
+
+def _colour(token: int, look: Look) -> str:
+    return (LIGHT, DARK, MASK)[token] if look.binary else MASK if token == look.mask else LIGHT
+
+
+def _cells(tokens: np.ndarray, look: Look) -> go.Heatmap:
+    """One grid; the colour says the token in a binary vocabulary, the text does otherwise."""
+    z = look.grid(tokens) if look.binary else np.where(look.grid(tokens) == look.mask, 2, 0)
+    text = np.asarray(look.token_names, dtype=object)[look.grid(tokens)]
+    scale = [[0, LIGHT], [1 / 3, LIGHT], [1 / 3, DARK], [2 / 3, DARK], [2 / 3, MASK], [1, MASK]]
+    return go.Heatmap(z=z, zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False, xgap=1, ygap=1, text=text,
+                      texttemplate="" if look.binary else "%{text}",
+                      customdata=look.grid(np.asarray(look.position_names, dtype=object)),
+                      hovertemplate="%{customdata}<br>token %{text}<extra></extra>")
+
+
+def key(name: str, symbol: str, colour: str) -> go.Scatter:
+    """A legend entry that draws nothing."""
+    return go.Scatter(x=[None], y=[None], mode="markers", name=name, hoverinfo="skip",
+                      marker={"symbol": symbol, "size": 11, "color": colour,
+                              "line": {"width": 1 if symbol == "square" else 2.5,
+                                       "color": RULE if symbol == "square" else colour}})
+
+
+def _legend(figure: go.Figure, look: Look, *, wrong: bool = False, marked: bool = False) -> None:
+    if look.binary:
+        for token in (0, 1):
+            figure.add_trace(key(look.token_names[token], "square", _colour(token, look)))
+    figure.add_trace(key("masked", "square", MASK))
+    if wrong:
+        figure.add_trace(key("wrong", "x-thin", VERMILLION))
+    if marked:
+        figure.add_trace(key("revealed at this step", "square-open", ORANGE))

@@ -1,0 +1,136 @@
+"""Figures of what a lens reads: a token × (loop, layer) grid, and curves per region.
+
+    figure = lens_grid(lens.isel(batch=0), "nll", look, tokens=tokens, positions=range(12))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from jaxtyping import Int
+
+from app.figures.grids import Look
+from app.figures.style import AMOUNT, AROUND_ZERO, FAINT, INK, VERMILLION, colourbar, depth_axis, depth_names, ramp, styled
+
+COLOURS = {
+    "nll": "NLL of the truth",
+    "probability": "probability",
+    "entropy": "entropy",
+    "kl_to_final": "KL to the final answer",
+}
+"""What the grid can be coloured by, and how a menu calls it."""
+
+TEXT_UP_TO = 26
+"""Rows above which the predicted token is no longer written into its cell."""
+
+
+def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarray, "pos"], positions: Sequence[int],
+              region_name: str, regions: Int[np.ndarray, "pos"]) -> go.Figure:
+    """Top prediction of every chosen position at every depth of one example: lens over (depth, pos).
+
+    Wrong predictions are crossed; hovering lists the likeliest tokens.
+    """
+    shown = lens.isel(pos=list(positions))
+    z = shown[colour].transpose("pos", "depth").values
+    names = np.asarray(look.token_names, dtype=object)
+    few = len(positions) <= TEXT_UP_TO
+    places = depth_names(lens.layer.values, lens.loop.values)
+    figure = go.Figure(go.Heatmap(
+        z=z, customdata=_hover(shown, look, tokens, positions, places), hovertemplate="%{customdata}<extra></extra>",
+        text=names[shown.prediction.transpose("pos", "depth").values], texttemplate="%{text}" if few else None,
+        textfont={"size": 11}, ygap=1 if few else 0, xgap=1, **_scale(colour, lens, len(names) - 1)))
+    wrong = shown.prediction.transpose("pos", "depth").values != tokens[list(positions)][:, None]
+    y, x = np.nonzero(wrong)
+    symbol, size = ("x-thin", 13) if few else ("x-thin", 5)
+    figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name="prediction is wrong", hoverinfo="skip",
+                                marker={"symbol": symbol, "size": size, "color": VERMILLION,
+                                        "line": {"width": 1.8 if few else 1.2, "color": VERMILLION}}))
+    styled(figure, height=max(260, (22 if few else 8) * len(positions) + 130))
+    _position_axis(figure, look, positions, regions, region_name, few)
+    figure.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"}, margin={"t": 64, "l": 124 if few else 70})
+    return depth_axis(figure, lens.layer.values, lens.loop.values)
+
+
+def region_curves(lens: xr.Dataset, value: str, regions: Int[np.ndarray, "pos"], region_name: str) -> go.Figure:
+    """A lens value at every depth, averaged over the masked positions of each region: lens over (depth, pos)."""
+    masked = lens.masked.values
+    wanted = [r for r in np.unique(regions) if (masked & (regions == r)).any()]
+    figure = go.Figure()
+    places = depth_names(lens.layer.values, lens.loop.values)
+    for r, colour in zip(wanted, ramp(len(wanted)) if wanted else [], strict=True):
+        on = lens[value].values[:, masked & (regions == r)].mean(1)
+        figure.add_trace(go.Scatter(x=np.arange(len(on)), y=on, name=f"{region_name} {r}", mode="lines+markers",
+                                    line={"color": colour, "width": 2}, marker={"size": 5}, text=places,
+                                    hovertemplate=f"%{{text}}<br>{region_name} {r}: %{{y:.3f}}<extra></extra>"))
+    styled(figure, height=380)
+    unit = lens[value].attrs["units"]
+    figure.update_yaxes(title_text=f"{COLOURS.get(value, value)} [{unit}]", rangemode="tozero")
+    figure.update_layout(margin={"t": 84}, legend={"y": 1, "yref": "container", "yanchor": "top"})
+    depth_axis(figure, lens.layer.values, lens.loop.values)
+    return _grey_separators(figure)
+
+
+# ---------------------------------------------------------------------- private
+
+def _scale(colour: str, lens: xr.Dataset, n_tokens: int) -> dict[str, Any]:
+    """Colour scale, limits and bar: NLL diverges around a uniform guess, the rest grows from its least value."""
+    guess = float(np.log(n_tokens))
+    if colour == "nll":
+        return {"colorscale": AROUND_ZERO, "zmin": 0, "zmid": guess, "zmax": 2 * guess,
+                "colorbar": colourbar("NLL of the truth [nat]", tickvals=[0, guess, 2 * guess],
+                                      ticktext=["0", f"{guess:.2f}<br>uniform<br>guess", f"≥ {2 * guess:.2f}"])}
+    if colour == "probability":
+        return {"colorscale": AMOUNT, "zmin": 1 / n_tokens, "zmax": 1,
+                "colorbar": colourbar("probability of the prediction")}
+    top = guess if colour == "entropy" else max(float(lens[colour].max()), 1e-6)
+    title = "entropy [nat]" if colour == "entropy" else "KL(final ‖ lens) [nat]"
+    return {"colorscale": "Viridis_r" if colour == "entropy" else "Blues", "zmin": 0, "zmax": top,
+            "colorbar": colourbar(title)}
+
+
+def _hover(lens: xr.Dataset, look: Look, tokens: np.ndarray, positions: Sequence[int], places: list[str]) -> np.ndarray:
+    """One text per cell: where, what is likely there, what is true."""
+    names = np.asarray(look.token_names, dtype=object)
+    if "top_tokens" in lens:
+        ids, p = (lens[name].transpose("pos", "depth", "rank").values for name in ("top_tokens", "top_probabilities"))
+    else:
+        ids, p = (lens[name].transpose("pos", "depth").values[..., None] for name in ("prediction", "probability"))
+    nll = lens.nll.transpose("pos", "depth").values
+    masked = lens.masked.values
+    text = np.empty(ids.shape[:2], dtype=object)
+    for i, pos in enumerate(positions):
+        role = "masked" if masked[i] else "visible"
+        for d in range(ids.shape[1]):
+            guesses = "  ".join(f"{names[token]} {chance:.3f}" for token, chance in zip(ids[i, d], p[i, d], strict=True))
+            text[i, d] = (f"{look.position_names[pos]} ({role})<br>{places[d]}<br>{guesses}<br>"
+                          f"truth {names[tokens[pos]]}, NLL {nll[i, d]:.3f} nat")
+    return text
+
+
+def _position_axis(figure: go.Figure, look: Look, positions: Sequence[int], regions: np.ndarray, region_name: str,
+                   few: bool) -> None:
+    """Positions from top to bottom: each by name where there are few, otherwise by region."""
+    n = len(positions)
+    figure.update_yaxes(range=[n - 0.5, -0.5], showgrid=False, zeroline=False)
+    if few:
+        figure.update_yaxes(tickvals=list(range(n)), ticktext=[look.position_names[p] for p in positions],
+                            title_text="", tickfont={"size": 11})
+        return
+    here = regions[list(positions)]
+    starts = [i for i in range(n) if i == 0 or here[i] != here[i - 1]]
+    centres = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], n], strict=True)]
+    figure.update_yaxes(tickvals=centres, ticktext=[str(here[a]) for a in starts], title_text=f"{region_name} (positions in order)")
+    for a in starts[1:]:
+        figure.add_hline(y=a - 0.5, line={"color": "white", "width": 1.5})
+
+
+def _grey_separators(figure: go.Figure) -> go.Figure:
+    """On white paper the lines between loops are grey."""
+    figure.update_shapes(line={"color": "#E4E8EE", "width": 1})
+    figure.update_annotations(font={"color": FAINT})
+    figure.update_layout(font_color=INK)
+    return figure

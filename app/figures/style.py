@@ -1,0 +1,90 @@
+"""What all figures share: colours that mean something, one template, and the axis of depth.
+
+Colours are safe for colour-blind readers: Okabe and Ito's eight for categories, viridis and
+blues for amounts, blue–white–red around a zero that means something.
+
+    figure = styled(go.Figure(), height=400)
+    depth_axis(figure, dataset.layer.values, dataset.loop.values)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
+CATEGORIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, "#5D6D7E", "#000000")
+INK, FAINT, RULE = "#1F2933", "#52606D", "#D9DEE5"
+
+AMOUNT = "Viridis"          # from little to much
+SHARE = "Blues"             # attention: nothing is white, so that the paper shows through
+AROUND_ZERO = "RdBu_r"      # blue below a meaningful zero, red above
+
+_FONT = {"family": "Inter, 'Source Sans Pro', 'Source Sans', system-ui, sans-serif", "size": 13, "color": INK}
+
+
+def styled(figure: go.Figure, *, height: int, legend: bool = True) -> go.Figure:
+    """The common template. White paper, so that an exported figure reads as it does on the page."""
+    figure.update_layout(
+        template="plotly_white", height=height, font=_FONT, paper_bgcolor="white", plot_bgcolor="white",
+        margin={"l": 64, "r": 24, "t": 48, "b": 44}, showlegend=legend, hoverlabel={"font": {"size": 12}},
+        colorway=list(CATEGORIES), legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"})
+    figure.update_xaxes(linecolor=RULE, gridcolor="#EEF1F5", zerolinecolor=RULE, title_font_size=13, title_standoff=8)
+    figure.update_yaxes(linecolor=RULE, gridcolor="#EEF1F5", zerolinecolor=RULE, title_font_size=13, title_standoff=8)
+    return figure
+
+
+def colourbar(title: str, **options: object) -> dict[str, object]:
+    """A slim colour bar with its title on its side."""
+    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "tickfont": {"size": 11}, "thickness": 12, "outlinewidth": 0, "len": 1.0, **options}
+
+
+def ramp(n: int, scale: str = "Viridis") -> list[str]:
+    """``n`` colours along a sequential scale, its palest end left out so that lines show on white."""
+    if n == 1:
+        return [BLUE]
+    return list(sample_colorscale(scale, list(np.linspace(0.0, 0.88, n))))
+
+
+def depth_axis(figure: go.Figure, layer: Sequence[int] | np.ndarray, loop: Sequence[int] | np.ndarray,
+               **subplot: int) -> go.Figure:
+    """Label an x axis of unrolled depths 0, 1, …: layers below, loops above, lines between loops.
+
+    ``loop`` is −1 where a layer runs once; what comes before the loops is called head, after them tail.
+    """
+    layer, loop = np.asarray(layer), np.asarray(loop)
+    n = len(layer)
+    every = 1 if n <= 36 else 2
+    figure.update_xaxes(tickvals=list(range(0, n, every)), ticktext=[str(k) for k in layer[::every]], title_text="layer",
+                        showgrid=False, zeroline=False, tickangle=0, range=[-0.5, n - 0.5], **subplot)
+    names = _stretch_names(loop)
+    starts = [i for i in range(n) if i == 0 or names[i] != names[i - 1]]
+    thin = 1 if len(starts) <= 14 else 2 if len(starts) <= 20 else 3
+    for count, (start, end) in enumerate(zip(starts, [*starts[1:], n], strict=True)):
+        if start:
+            figure.add_vline(x=start - 0.5, line={"color": "white", "width": 2}, **subplot)
+        looped = names[start] not in ("head", "tail")
+        if looped and (count - 1) % thin:
+            continue
+        text = names[start] if not looped or len(starts) <= 12 else names[start].removeprefix("loop ")
+        figure.add_annotation(x=(start + end - 1) / 2, y=1, yref="y domain" if subplot else "paper", text=text,
+                              showarrow=False, yanchor="bottom", font={"size": 11, "color": FAINT}, **subplot)
+    return figure
+
+
+def depth_names(layer: Sequence[int] | np.ndarray, loop: Sequence[int] | np.ndarray) -> list[str]:
+    """"layer 1, loop 3", or "layer 0 (head)"."""
+    return [f"layer {a}, {name}" if name.startswith("loop") else f"layer {a} ({name})"
+            for a, name in zip(layer, _stretch_names(np.asarray(loop)), strict=True)]
+
+
+def _stretch_names(loop: np.ndarray) -> list[str]:
+    seen_loop = False
+    names = []
+    for k in loop.tolist():
+        seen_loop = seen_loop or k >= 0
+        names.append(f"loop {k}" if k >= 0 else "tail" if seen_loop else "head")
+    return names

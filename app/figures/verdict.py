@@ -1,0 +1,54 @@
+"""Figure of the evidence: every measure on its own axis, the LoopMDM beside its controls, with intervals.
+
+    figure = evidence(verdict["table"], verdict["subjects"], section="operation")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from app.figures.style import BLUE, FAINT, VERMILLION, styled
+
+SUBJECT_COLOURS = {"loop": BLUE, "control": VERMILLION, "untrained": "#7F8C99"}
+ROW_PX = 34
+
+
+def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> go.Figure:
+    """Dots with 95% intervals, one strip per measure, one line per subject that was measured."""
+    shown = [[s for s in subjects if s in row] for row in table]
+    heights = [len(here) + 1.6 for here in shown]
+    total = int(ROW_PX * 0.62 * sum(heights)) + 90
+    figure = make_subplots(len(table), 1, row_heights=heights, vertical_spacing=min(0.9 / max(len(table), 2), 46 / total),
+                           subplot_titles=[str(row["measure"]) for row in table])
+    named: set[str] = set()
+    for i, (row, here) in enumerate(zip(table, shown, strict=True), start=1):
+        for y, subject in enumerate(here):
+            cell = row[subject]
+            colour = SUBJECT_COLOURS.get(subject, FAINT)
+            text = f"{subjects[subject]}: {cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+            figure.add_trace(go.Scatter(
+                x=[cell["value"]], y=[y], mode="markers", name=subjects[subject], legendgroup=subject,
+                showlegend=subject not in named, marker={"color": colour, "size": 10},
+                error_x={"type": "data", "symmetric": False, "array": [cell["high"] - cell["value"]],
+                         "arrayminus": [cell["value"] - cell["low"]], "color": colour, "thickness": 2, "width": 5},
+                hovertemplate=f"{text}<extra>{row['measure']}</extra>"), row=i, col=1)
+            named.add(subject)
+        figure.update_yaxes(range=[len(here) - 0.4, -0.6], row=i, col=1)
+        low, high = (pick(row[s][end] for s in here) for pick, end in ((min, "low"), (max, "high")))
+        anchor = 1.0 if "ratio" in str(row["measure"]) else 0.0
+        low, high = min(low, anchor), max(high, anchor)
+        pad = 0.06 * (high - low or 1)
+        figure.update_xaxes(range=[low - pad, high + pad], row=i, col=1)
+        figure.add_vline(x=anchor, line={"color": FAINT, "width": 1, "dash": "dot"}, row=i, col=1)
+    styled(figure, height=total)
+    figure.update_annotations(x=0, xanchor="left", font={"size": 12.5})
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
+    figure.update_xaxes(tickfont={"size": 10}, zeroline=False)
+    figure.update_xaxes(title_text="value (pure number), dot and 95% interval over examples", row=len(table))
+    figure.update_layout(margin={"l": 16, "r": 16, "t": 76, "b": 48},
+                         legend={"y": 1, "yref": "container", "yanchor": "top"})
+    return figure

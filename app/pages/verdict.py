@@ -1,0 +1,150 @@
+"""Verdict: the answer to the headline question, its evidence, its controls.
+
+Reads what `studies/rerun.py` wrote; computes nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from app import data, show
+from app.figures.style import styled
+from app.figures.verdict import evidence
+from studies import rerun_report
+from studies.results import Results
+
+SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
+
+
+def main() -> None:
+    results = _chosen()
+    verdict = results.verdict
+    st.title(str(verdict["question"]), anchor=False)
+    if conclusion := verdict.get("conclusion"):
+        st.markdown(f"#### {conclusion}")
+    st.caption(_setting(verdict))
+    for column, (section, title) in zip(st.columns(2), SECTIONS.items(), strict=True):
+        with column.container(border=True, height="stretch"):
+            decided = next((v for v in verdict[section].values() if isinstance(v, bool)), None)
+            answer = {True: ":green-badge[:material/check: yes]", False: ":orange-badge[:material/close: not shown]",
+                      None: ""}[decided]
+            st.markdown(f"**{title}** {answer}")
+            st.write(verdict[section].get("words", ""))
+    if verdict.get("over_seeds"):
+        st.info(verdict["over_seeds"], icon=":material/casino:")
+    _evidence(verdict)
+    _figures(results)
+    _provenance(results)
+
+
+def _chosen() -> Results:
+    """The study to show; stops with the command that makes one where there is none."""
+    found = data.studies_run()
+    if not found:
+        st.title("Do the loops re-run the same stages?", anchor=False)
+        st.info(f"No results in `{data.results_folder()}` yet. Make them with `make study` or "
+                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and need none.",
+                icon=":material/science:")
+        st.stop()
+    with st.sidebar:
+        name = st.selectbox("Study", found, key="study", bind="query-params",
+                            help="Folders of results/, written by studies/rerun.py.")
+    try:
+        return data.load_results(name)
+    except (FileNotFoundError, OSError, ValueError) as error:
+        st.error(f"These results cannot be read: {error}. Make them again with `python studies/rerun.py`.",
+                 icon=":material/broken_image:")
+        st.stop()
+
+
+def _setting(verdict: dict[str, Any]) -> str:
+    setting = verdict.get("setting", {})
+    task = setting.get("task", {})
+    difficulty = ", ".join(f"{key} {value}" for key, value in task.items() if key != "name")
+    return (f"Task *{task.get('name', '?')}* ({difficulty}), {setting.get('examples', '?')} held-out examples, noise level "
+            f"t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared. Controls: the unlooped deep twin "
+            "cut into pseudo-loops, and an untrained LoopMDM.")
+
+
+def _evidence(verdict: dict[str, Any]) -> None:
+    st.header("The evidence", anchor=False)
+    subjects, table = verdict["subjects"], verdict["table"]
+    for section, column in zip(SECTIONS, st.columns(2, gap="large"), strict=True):
+        chosen = [row for row in table if row.get("section", "operation") == section]
+        if chosen:
+            with column:
+                show.figure(evidence(chosen, subjects), "Each strip is one measure on its own axis: the LoopMDM beside "
+                            "its controls, with 95% bootstrap intervals over held-out examples. The dotted line is 0, or 1 "
+                            "for ratios.", name=f"evidence-{section}", title=section.capitalize(),
+                            table=lambda chosen=chosen: _plain_table(chosen, subjects))
+    with st.expander("The same as a table, with definitions", icon=":material/table:"):
+        shown = pd.DataFrame([{
+            "measure": row["measure"], **{name: _interval(row.get(s)) for s, name in subjects.items()},
+            "expected": row["expected"], "as expected": {True: "yes", False: "no", None: "–"}[row.get("agrees")],
+            "definition": row.get("definition", "")} for row in table])
+        st.dataframe(shown, hide_index=True, width="stretch",
+                     column_config={"definition": st.column_config.TextColumn(width="large")})
+
+
+def _figures(results: Results) -> None:
+    st.header("What the evidence rests on", anchor=False)
+    try:
+        drawn = rerun_report.figures(results.verdict, results.datasets)
+    except KeyError as error:
+        st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it again "
+                   "with `python studies/rerun.py`.", icon=":material/history:")
+        return
+    names = [name for name in results.datasets]
+    for i, (title, what, figure) in enumerate(drawn):
+        show.figure(styled_again(figure), what, name=f"study-{i}", title=title,
+                    table=lambda: _every_number(results, names))
+
+
+def styled_again(figure: Any) -> Any:
+    """The report's figure in the explorer's template."""
+    return styled(figure, height=int(figure.layout.height or 380), legend=figure.layout.showlegend is not False)
+
+
+def _provenance(results: Results) -> None:
+    st.header("Where this comes from", anchor=False)
+    made = results.verdict.get("provenance", {})
+    report = Path(results.path) / "report.html"
+    with st.container(horizontal=True):
+        if report.exists():
+            st.download_button("Report", report.read_bytes, file_name=f"{results.path.name}.html", mime="text/html",
+                               icon=":material/description:", on_click="ignore", key="report",
+                               help="Verdict, table and figures as one page that needs no network")
+        st.download_button("Verdict as JSON", (results.path / "verdict.json").read_bytes, icon=":material/data_object:",
+                           file_name=f"{results.path.name}.json", mime="application/json", on_click="ignore", key="json")
+    if made:
+        st.markdown(f"`{made.get('program', '')}` in {made.get('seconds', 0):.0f} s on {made.get('threads', '?')} threads. "
+                    + ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items()))
+        st.dataframe(pd.DataFrame([{"model": name, "sha256 of weights": model["sha256"], "made by": model["command"]}
+                                   for name, model in made.get("models", {}).items()]), hide_index=True, width="stretch")
+
+
+def _plain_table(rows: list[dict[str, Any]], subjects: dict[str, str]) -> pd.DataFrame:
+    return pd.DataFrame([{"measure": row["measure"], "subject": name, **row[s], "definition": row.get("definition", "")}
+                         for row in rows for s, name in subjects.items() if s in row])
+
+
+def _every_number(results: Results, names: list[str]) -> pd.DataFrame:
+    """All measurements of a study, long: dataset, variable, coordinates, value."""
+    parts = []
+    for name in names:
+        for variable, values in results.datasets[name].data_vars.items():
+            part = values.rename("value").to_dataframe().reset_index()
+            where = part.drop(columns="value").apply(lambda row: ", ".join(f"{k}={v}" for k, v in row.items()), axis=1)
+            parts.append(pd.DataFrame({"dataset": name, "variable": variable, "at": where, "value": part["value"]}))
+    return pd.concat(parts)
+
+
+def _interval(cell: dict[str, float] | None) -> str:
+    return "" if cell is None else f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+
+main()
