@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -28,9 +28,12 @@ from torch import Tensor
 
 from hooks.edits import Edit, PlanEdit, attachments
 from hooks.hook_points import HookFunction, HookPoint
-from hooks.loopmdm import LoopMDM, LoopMDMConfig
+from hooks.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 HookList = Sequence[tuple[SitePattern, HookFunction] | Edit]
 """[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``, and edits of `hooks.edits`."""
@@ -162,13 +165,19 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
                                f"for {n_loops} loops and the last forward ran {self.clock.ran}. Give hooks() and "
                                "the forward the same n_loops.")
 
+    def unroll(self, n_loops: int | None = None, *, t: float | None = None) -> TransformerBridge:
+        """The model as a TransformerLens bridge of ``n_loops`` loops that shares its parameters: `hooks.tl_adapter`."""
+        from hooks.tl_adapter import unroll
+
+        return unroll(self, n_loops, t=t)
+
     # ------------------------------------------------------------ saving, loading
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """config.json and model.safetensors, each written under a temporary name, then renamed."""
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
         _replace(save_directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
-        text = json.dumps(self.config.to_dict(), indent=1) + "\n"
+        text = json.dumps({**FOR_TRANSFORMERS, **self.config.to_dict()}, indent=1) + "\n"
         _replace(save_directory / "config.json", lambda path: Path(path).write_text(text))
 
     @classmethod

@@ -32,6 +32,9 @@ from hooks.sites import SiteSpace, Topology
 MASK_LOGIT = -1e6
 """Added to the mask token's logit: a denoiser never predicts the mask (2406.07524)."""
 
+FOR_TRANSFORMERS: dict[str, Any] = {"model_type": "loopmdm", "architectures": ["LoopMDMForMaskedLM"]}
+"""What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.hf`)."""
+
 
 @dataclass(frozen=True)
 class LoopMDMConfig:
@@ -89,6 +92,7 @@ class LoopMDMConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoopMDMConfig:
         """Build from JSON. Raises ValueError for unknown or missing keys, naming them."""
+        values = {key: value for key, value in values.items() if FOR_TRANSFORMERS.get(key) != value}
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown configuration keys {unknown}; known ones are {sorted(known)}.")
@@ -146,6 +150,7 @@ class LoopMDM(nn.Module):
         self.hook_points: dict[str, HookPoint] = {}
         self.replans: tuple[Replan, ...] = ()  # edits of the order of loops and layers, set by HookedLoopMDM.hooks
         self._spaces: dict[int, SiteSpace] = {}
+        self._rotary_cut: tuple[Tensor, Rotary] | None = None
         self._lock = threading.RLock()
         d = config.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
@@ -347,13 +352,20 @@ class LoopMDM(nn.Module):
         return range(self.config.n_head_layers, self.config.n_head_layers + self.config.n_loop_layers)
 
     def _layers(self, x: Tensor, layers: Sequence[int], condition: Tensor | None) -> Tensor:
-        rotary: Rotary | None = None
-        if self.config.position != "learned":
-            pos = x.shape[1]
-            rotary = self.rotary_cos[:pos], self.rotary_sin[:pos]
+        rotary = self._rotary(x.shape[1])
+        blocks = list(self.blocks)  # indexing a ModuleList costs more than the hook points do
         for layer in layers:
-            x = self.blocks[layer](x, rotary, condition)
+            x = blocks[layer](x, rotary, condition)
         return x
+
+    def _rotary(self, pos: int) -> Rotary | None:
+        """The rotary tables of the first ``pos`` positions, cut anew only where they would change."""
+        if self.config.position == "learned":
+            return None
+        cos = self.rotary_cos
+        if self._rotary_cut is None or self._rotary_cut[0] is not cos or len(self._rotary_cut[1][0]) != pos:
+            self._rotary_cut = cos, (cos[:pos], self.rotary_sin[:pos])
+        return self._rotary_cut[1]
 
     def _checked_loops(self, n_loops: int | None) -> int:
         n_loops = self.config.max_loops if n_loops is None else n_loops
