@@ -10,8 +10,9 @@ from studies.tasks.automaton import Automaton
 from studies.tasks.contract import Batch, Latent, Task
 from studies.tasks.pointer import Pointer
 from studies.tasks.sudoku import Sudoku
+from studies.tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Automaton, Pointer, Sudoku, Arithmetic)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Automaton, Pointer, Sudoku, Arithmetic, Text)}
 
 
 def load_task(values: Mapping[str, Any]) -> Task:
@@ -22,4 +23,4 @@ def load_task(values: Mapping[str, Any]) -> Task:
     return TASKS[str(name)].from_dict(values)
 
 
-__all__ = ["TASKS", "Arithmetic", "Automaton", "Batch", "Latent", "Pointer", "Sudoku", "Task", "load_task"]
+__all__ = ["TASKS", "Arithmetic", "Automaton", "Batch", "Latent", "Pointer", "Sudoku", "Task", "Text", "load_task"]

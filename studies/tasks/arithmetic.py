@@ -87,8 +87,9 @@ class Arithmetic(Task):
         value = start
         columns = [torch.full_like(start, label), start]
         for step in range(self.steps):
-            value = torch.where(signs[:, step] == 0, value + operands[:, step], value * operands[:, step]) % self.modulus
-            columns += [torch.full_like(start, label + step + 1), self.modulus + signs[:, step], operands[:, step], value]
+            sign, operand = signs[:, step], operands[:, step]
+            value = torch.where(sign == 0, value + operand, value * operand) % self.modulus
+            columns += [torch.full_like(start, label + step + 1), self.modulus + sign, operand, value]
         return torch.stack(columns, 1)
 
     def free_positions(self) -> Bool[Tensor, "pos"]:

@@ -52,8 +52,8 @@ class Solver:
     def __init__(self, size: int):
         shape = Shape(size)
         self.cells, self.all = size * size, (1 << size) - 1
-        units = shape.unit_of_cell.tolist()
-        self.units = [tuple(unit + kind * size for kind, unit in enumerate(three)) for three in zip(*units, strict=True)]
+        self.units = [tuple(unit + kind * size for kind, unit in enumerate(three))
+                      for three in shape.unit_of_cell.T.tolist()]
         self.n_units = 3 * size
 
     def count(self, grid: list[int], limit: int, rng: random.Random | None = None) -> tuple[int, list[int]]:
@@ -139,8 +139,8 @@ def make(args: Make) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"sudoku{args.size}.npz"
     np.savez_compressed(path, solutions=solutions, givens=np.packbits(givens, axis=1), rounds=rounds, test=test)
-    print(f"{len(rows)} puzzles of {len(distinct)} solutions, {test.sum()} for testing, {solved.mean():.0%} by singles, "
-          f"{givens.sum(1).mean():.1f} givens, {path.stat().st_size / 1e6:.2f} MB → {path}")
+    print(f"{len(rows)} puzzles of {len(distinct)} solutions, {test.sum()} for testing, {solved.mean():.0%} by "
+          f"singles, {givens.sum(1).mean():.1f} givens, {path.stat().st_size / 1e6:.2f} MB → {path}")
     return path
 
 

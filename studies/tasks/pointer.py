@@ -134,7 +134,8 @@ class Pointer(Task):
         names = self.token_names()
         if not bar or len(halves) != self.keys or any(len(half) != 2 for half in halves) or len(words) != self.seq_len \
                 or set(words) - set(names):
-            raise ValueError(f"expected {self.keys} pairs like 'a>b', a '|' and {self.hops + 1} entities, all out of {names}.")
+            raise ValueError(f"expected {self.keys} pairs like 'a>b', a '|' and {self.hops + 1} entities, all out of "
+                             f"{names}.")
         return torch.tensor([names.index(word) for word in words])
 
     def token_names(self) -> list[str]:
