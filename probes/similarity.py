@@ -35,7 +35,7 @@ def linear_cka(x: Float[Tensor, "example d_x"], y: Float[Tensor, "example d_y"],
         raise ValueError(f"x and y must be [example, d] with the same examples, not {tuple(x.shape)} and "
                          f"{tuple(y.shape)}.")
     a, b = (v.detach().cpu().numpy()[None] for v in (x, y))
-    return _described(_cka(a, b, unbiased)[0, 0], (), unbiased, {})
+    return _described(_cka(a, b, unbiased).reshape(()), (), unbiased, {})
 
 
 def cka_between_depths(residual: xr.DataArray, other: xr.DataArray | None = None, *,
@@ -72,22 +72,23 @@ def _cka(x: Shaped[np.ndarray, "a example d_x"], y: Shaped[np.ndarray, "b exampl
         raise ValueError(f"CKA needs at least {least} examples, not {n}.")
     # Neither estimator sees a constant offset; without it the differences below lose no digits.
     x, y = (v.astype(np.float64) - v.mean(1, keepdims=True, dtype=np.float64) for v in (x, y))
-    hsic = _unbiased_hsic if unbiased else _biased_hsic
-    cross = np.stack([hsic(one[None], y) for one in x])
-    return cross / np.sqrt(np.outer(hsic(x, x), hsic(y, y)))
+    own_x, own_y = (np.array([_hsic(one[None], one[None], unbiased)[0, 0] for one in v]) for v in (x, y))
+    return _hsic(x, y, unbiased) / np.sqrt(np.outer(own_x, own_y))
 
 
-def _biased_hsic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """tr(K L) of centred kernels, up to a factor that CKA cancels: ‖xᵀy‖²."""
-    return np.square(np.swapaxes(x, -1, -2) @ y).sum((-1, -2))
+def _hsic(x: Shaped[np.ndarray, "a example d_x"], y: Shaped[np.ndarray, "b example d_y"],
+          unbiased: bool) -> Shaped[np.ndarray, "a b"]:
+    """HSIC of each pair up to a factor that CKA cancels, written in features instead of kernels.
 
-
-def _unbiased_hsic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Song et al. 2012, eq. 5, with K and L free of their diagonals, written in features instead of kernels."""
+    Biased: tr(K L) = ‖xᵀy‖². Unbiased: Song et al. 2012, eq. 5, in which K̃ and L̃ have no diagonals.
+    """
     n = x.shape[1]
+    wide = y.transpose(1, 0, 2).reshape(n, -1)                                    # one large product per x
+    trace = np.stack([np.square(one.T @ wide).reshape(-1, len(y), y.shape[2]).sum((0, 2)) for one in x])
+    if not unbiased:
+        return trace
     k_diagonal, l_diagonal = np.square(x).sum(-1), np.square(y).sum(-1)           # [site, example]
     k_rows = (x @ x.sum(1)[..., None])[..., 0] - k_diagonal                       # K̃1
     l_rows = (y @ y.sum(1)[..., None])[..., 0] - l_diagonal
-    trace = _biased_hsic(x, y) - (k_diagonal * l_diagonal).sum(-1)                # tr(K̃L̃)
-    return (trace + k_rows.sum(-1) * l_rows.sum(-1) / ((n - 1) * (n - 2))
-            - 2 / (n - 2) * (k_rows * l_rows).sum(-1)) / (n * (n - 3))
+    return (trace - k_diagonal @ l_diagonal.T                                     # tr(K̃L̃)
+            + np.outer(k_rows.sum(-1), l_rows.sum(-1)) / ((n - 1) * (n - 2)) - 2 / (n - 2) * k_rows @ l_rows.T)
