@@ -1,0 +1,41 @@
+"""Speed and memory against the peers: ``python -m benchmarks`` (or ``make bench``).
+
+Takes some minutes. ``--quick`` runs few rounds and writes nothing; ``--rounds`` sets their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+from benchmarks.memory import import_ratio, peak
+from benchmarks.speed import SMALL, WIDE, measure
+
+LOOPS = (1, 8, 24)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds, print only")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds per model (default: each model's own)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    lines, times = [], {}
+    for size in (SMALL, WIDE):
+        print(f"timing: {size.name} …", flush=True)
+        times[size.name], compared = measure(size, rounds=options.rounds or (5 if options.quick else None))
+        lines += compared
+    print("memory and imports, in processes of their own …", flush=True)
+    peaks = {(n, reduced): peak(n, reduce=reduced, batch=4 if options.quick else 32)
+             for n in LOOPS for reduced in (True, False)}
+    lines += report.memory_lines(peaks) + report.import_lines(*import_ratio(2 if options.quick else 9))
+    print(report.comparison_table(lines), report.memory_table(peaks), sep="\n\n")
+    if not options.quick:
+        report.write(lines, times, peaks, Path(__file__).parents[1])
+
+
+if __name__ == "__main__":
+    main()

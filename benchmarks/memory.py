@@ -1,0 +1,79 @@
+"""Peak memory of a run with a reducer at 1, 8 and 24 loops, and the time of ``import hooks``.
+
+Memory is measured twice, each run in a process of its own: the peak of the allocator, from
+torch's profiler (exact, and the same on every machine), and the peak resident size (what the system sees).
+
+    peak(n_loops=24, reduce=True)               # Peak(allocated_mb=…, resident_mb=…)
+    import_ratio(repeats=7)                     # import hooks ÷ import torch
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.timing import Estimate, compare
+
+
+class Peak(NamedTuple):
+    """Peak memory of one run above what was there before it, and of the whole process."""
+
+    allocated_mb: float
+    resident_mb: float
+
+
+def peak(n_loops: int, *, reduce: bool, batch: int = 32, pos: int = 128, width: int = 256) -> Peak:
+    """Record resid_post of all layers and loops in a fresh process, reduced to norms or whole."""
+    arguments = json.dumps({"n_loops": n_loops, "reduce": reduce, "batch": batch, "pos": pos, "width": width})
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", arguments], capture_output=True, text=True,
+                          check=False)
+    if done.returncode:
+        raise RuntimeError(f"the run in a process of its own failed:\n{done.stderr[-2000:]}")
+    return Peak(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def import_ratio(repeats: int) -> tuple[Estimate, dict[str, float]]:
+    """Time of ``import hooks`` ÷ ``import torch``, in fresh processes by turns; and their medians in seconds."""
+    code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+    times: dict[str, list[float]] = {"hooks": [], "torch": []}
+    for i in range(repeats + 1):
+        for name in times if i % 2 else reversed(times):
+            out = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True)
+            if i:  # the first pair warms the disk cache
+                times[name].append(float(out.stdout))
+    arrays = {name: np.array(values) for name, values in times.items()}
+    return compare(arrays, "hooks", "torch"), {name: float(np.median(values)) for name, values in arrays.items()}
+
+
+def _one_run(n_loops: int, reduce: bool, batch: int, pos: int, width: int) -> Peak:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from hooks import HookedLoopMDM, LoopMDMConfig
+    from hooks.reducers import Norm
+
+    torch.set_num_threads(1)
+    model = HookedLoopMDM(LoopMDMConfig(vocab_size=64, mask_token_id=63, max_seq_len=pos, d_model=width, n_heads=4,
+                                        d_mlp=4 * width, max_loops=8)).eval()
+    tokens = torch.randint(0, 64, (batch, pos), generator=torch.Generator().manual_seed(0))
+    reducer = Norm() if reduce else None
+    with torch.no_grad():
+        model(tokens[:1], 1)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            model.run_with_cache(tokens, n_loops, names_filter="blocks.*.hook_resid_post", reduce=reducer)
+    held = most = 0
+    for event in watched.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Peak(most / 2 ** 20, resident / (2 ** 10 if sys.platform != "darwin" else 2 ** 20))
+
+
+if __name__ == "__main__":
+    print(json.dumps(_one_run(**json.loads(sys.argv[1]))))

@@ -1,0 +1,83 @@
+"""The benchmark's tables, as Markdown: benchmarks/results.md and the README between two markers.
+
+    write(speed, times, memory, imports, root)
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from benchmarks.memory import Peak
+from benchmarks.speed import Comparison
+from benchmarks.timing import Estimate, Times, milliseconds
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def comparison_table(lines: list[Comparison]) -> str:
+    """One row per comparison: the median ratio with its interval, the target, and whether it holds."""
+    rows = ["| model | comparison | median ratio [95%] | target | holds |", "|---|---|---|---|---|"]
+    for line in lines:
+        target = "–" if line.target is None else f"≤ {line.target:g}"
+        rows.append(f"| {line.size} | {line.what} | {line.ratio} | {target} | {_verdict(line.holds)} |")
+    return "\n".join(rows)
+
+
+def memory_table(peaks: dict[tuple[int, bool], Peak]) -> str:
+    """Peak memory by loops, with a reducer and with everything kept; ratios against one loop."""
+    rows = ["| loops | reduced to norms: allocated | ÷ 1 loop | resident | everything kept: allocated |",
+            "|---|---|---|---|---|"]
+    one = peaks[1, True].allocated_mb
+    for loops in sorted({loops for loops, _ in peaks}):
+        reduced, whole = peaks[loops, True], peaks[loops, False]
+        rows.append(f"| {loops} | {reduced.allocated_mb:.1f} MiB | {reduced.allocated_mb / one:.3f} | "
+                    f"{reduced.resident_mb:.0f} MiB | {whole.allocated_mb:.1f} MiB |")
+    return "\n".join(rows)
+
+
+def import_lines(ratio: Estimate, seconds: dict[str, float]) -> list[Comparison]:
+    return [Comparison("–", f"`import hooks` ({seconds['hooks']:.2f} s) ÷ `import torch` ({seconds['torch']:.2f} s)",
+                       ratio, 1.3)]
+
+
+def memory_lines(peaks: dict[tuple[int, bool], Peak]) -> list[Comparison]:
+    most = max(loops for loops, _ in peaks)
+    ratio = peaks[most, True].allocated_mb / peaks[1, True].allocated_mb
+    return [Comparison("–", f"peak memory with a reducer, {most} loops ÷ 1 loop", Estimate(ratio, ratio, ratio), 1.1)]
+
+
+def times_table(times: dict[str, Times]) -> str:
+    """Median milliseconds of every contender."""
+    rows = ["| model | what ran | ms, median [95%] |", "|---|---|---|"]
+    rows += [f"| {size} | {name} | {milliseconds(of_size, name)} |" for size, of_size in times.items()
+             for name in of_size]
+    return "\n".join(rows)
+
+
+def write(lines: list[Comparison], times: dict[str, Times], peaks: dict[tuple[int, bool], Peak], root: Path) -> None:
+    """benchmarks/results.md, and the README's table where it has the markers."""
+    summary = comparison_table(lines)
+    text = "\n\n".join([
+        "# What recording and editing cost", "Written by `make bench`. Ratios are medians over alternating runs in one "
+        "process, with 95% bootstrap intervals over rounds; times are processor time on one thread "
+        f"({platform.machine()}, {platform.system()}, torch {torch.__version__}).",
+        summary, "## Memory", "One head, two looped and one tail layer of width 256, batch 32 × 128, resid_post of "
+        "every layer and loop; a process of its own for each row.", memory_table(peaks), "## Times", times_table(times)])
+    (root / "benchmarks" / "results.md").write_text(text + "\n")
+    readme = root / "README.md"
+    if readme.exists():
+        readme.write_text(between_markers(readme.read_text(), summary))
+
+
+def between_markers(text: str, table: str) -> str:
+    """``text`` with ``table`` between the markers; unchanged if it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{begin}\n{table}\n{end}{after}" if begin and end else text
+
+
+def _verdict(holds: bool | None) -> str:
+    return "–" if holds is None else "yes" if holds else "**no**"

@@ -1,0 +1,82 @@
+"""The benchmark measures what it says: equal contenders, honest ratios, tables that read back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.memory import Peak, peak
+from benchmarks.plain import PlainLoopMDM
+from benchmarks.speed import TINY, Comparison, build, measure
+from benchmarks.timing import Estimate, compare, compare_extra
+from hooks import HookedLoopMDM
+from hooks.edits import edit, steer
+from tests.small import small_config
+
+
+def test_the_plain_model_is_the_model_bit_for_bit() -> None:
+    model, tokens = build(TINY)
+    plain = PlainLoopMDM(model)
+    with torch.no_grad():
+        for n_loops in (1, 2, 5):
+            logits, rec = model.run_with_cache(tokens, n_loops, names_filter="blocks.*.hook_resid_post")
+            plain_logits, kept = plain.forward_keeping(tokens, n_loops)
+            assert torch.equal(plain(tokens, n_loops), logits)
+            assert torch.equal(plain_logits, logits)
+            topology = model.config.topology(n_loops)
+            assert len(kept) == topology.depth
+            assert all(torch.equal(one, rec[topology.site_at(d)]) for d, one in enumerate(kept))
+        vector = torch.ones(model.config.d_model)
+        with edit(model, [steer("blocks.2.hook_resid_post@3", vector)], n_loops=5):
+            assert torch.equal(model(tokens, 5), plain.forward_steered(tokens, 5, 2, 3, vector))
+    assert not torch.equal(plain(tokens, 1), plain(tokens, 2))
+
+
+def test_the_plain_model_refuses_what_it_is_not_written_for() -> None:
+    with pytest.raises(ValueError, match="written for norm='rms' only"):
+        PlainLoopMDM(HookedLoopMDM(small_config(norm="layer")))
+
+
+def test_ratios_are_medians_of_ratios_within_rounds() -> None:
+    slow = np.array([1.0, 5.0, 1.0, 1.0, 9.0])  # whatever slows a round slows all
+    times = {"base": slow, "ours": 1.1 * slow, "theirs": 1.4 * slow}
+    assert compare(times, "ours", "base") == pytest.approx((1.1, 1.1, 1.1))
+    extra = compare_extra(times, ("ours", "base"), ("theirs", "base"))
+    assert extra.median == pytest.approx(0.25)
+    assert compare({"a": np.array([1.0, 2.0, 3.0]), "b": np.ones(3)}, "a", "b").median == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the peers' own warnings
+def test_every_contender_keeps_and_edits_the_same() -> None:
+    times, lines = measure(TINY)
+    assert all(len(of_one) == 3 and (of_one > 0).all() for of_one in times.values())
+    assert {line.target for line in lines} >= {1.02, 1.05, 0.5, 1.0}
+
+
+@pytest.mark.slow
+def test_memory_with_a_reducer_stays_flat() -> None:
+    small = {"batch": 8, "pos": 64, "width": 64}
+    one, many = peak(1, reduce=True, **small), peak(24, reduce=True, **small)
+    kept = peak(24, reduce=False, **small)
+    assert many.allocated_mb <= 1.1 * one.allocated_mb
+    fifty_activations = 50 * 8 * 64 * 64 * 4 / 2 ** 20
+    assert kept.allocated_mb - many.allocated_mb > 0.9 * fifty_activations  # or the measure sees nothing
+
+
+def test_tables_and_the_readme_between_markers() -> None:
+    lines = [Comparison("small", "a ÷ b", Estimate(1.1, 1.0, 1.2), 1.05), Comparison("small", "c ÷ d",
+                                                                                  Estimate(0.5, 0.4, 0.6), 1.0)]
+    table = report.comparison_table(lines)
+    assert "| small | a ÷ b | 1.100 [1.000, 1.200] | ≤ 1.05 | **no** |" in table
+    assert "| ≤ 1 | yes |" in table
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter"
+    once = report.between_markers(text, table)
+    assert once == f"before\n{report.BEGIN}\n{table}\n{report.END}\nafter"
+    assert report.between_markers(once, table) == once
+    assert report.between_markers("no markers", table) == "no markers"
+    peaks = {(n, r): Peak(10.0 * (1 if r else n), 200) for n in (1, 24) for r in (True, False)}
+    assert "| 24 | 10.0 MiB | 1.000 | 200 MiB | 240.0 MiB |" in report.memory_table(peaks)
+    assert report.memory_lines(peaks)[0].holds
