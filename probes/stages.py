@@ -284,17 +284,20 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def below(self, other: Interval | float) -> bool:
         """Does the whole interval lie below a number, or below another whole interval?"""
         return self.high < (other.low if isinstance(other, Interval) else other)
 
 
-def bootstrap(statistic: Callable[[Int[np.ndarray, "example"]], float], n_examples: int, *, seed: int = 0,
+def bootstrap(statistic: Callable[..., float], *samples: Float[np.ndarray, "example ..."], seed: int = 0,
               n_resamples: int = 500) -> Interval:
-    """Percentile interval of ``statistic(indices of examples)`` under resampling of examples (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rng.integers(0, n_examples, n_examples)) for _ in range(n_resamples)]
+    """Percentile interval of ``statistic(*samples)`` under resampling of examples, the first axis (Efron 1979)."""
+    rng, n = np.random.default_rng(seed), len(samples[0])
+    draws = []
+    for _ in range(n_resamples):
+        picked = rng.integers(0, n, n)
+        draws.append(statistic(*(sample[picked] for sample in samples)))
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(statistic(np.arange(n_examples)), float(low), float(high))
+    return Interval(float(statistic(*samples)), float(low), float(high))

@@ -10,8 +10,6 @@ the model would answer if it stopped here; and linear probes, what can be read o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import xarray as xr
@@ -19,14 +17,10 @@ from tqdm import tqdm
 
 from hooks import HookedLoopMDM
 from probes import stages
-from probes.lenses import read_lens
 from probes.linear import ridge_probes
 from probes.measurement import measurement
 from probes.stages import Cycle
 from studies.rerun_operation import SUBJECTS, Operation, Setting
-
-DECODABLE = 0.9
-"""A region counts as decodable from the first loop at which its accuracy reaches this."""
 
 
 def measure(setting: Setting) -> Operation:
@@ -45,9 +39,7 @@ def _accuracy_over_loops(setting: Setting, content: Operation) -> None:
     regions = setting.task.regions()
     curves, by_region = [], []
     for kind in ("loop", "twin", "deep"):
-        model = setting.models[kind].model
-        right = torch.stack([(model(setting.noised, int(s), t=setting.t).argmax(-1) == setting.batch.tokens)
-                             for s in loops]).float()
+        right = _right_after_each_loop(setting, setting.models[kind].model, len(loops))
         free = setting.batch.free.float()
         curves.append((right * free).sum(-1) / free.sum(-1))
         by_region.append(_by_region(right, free, regions))
@@ -56,8 +48,8 @@ def _accuracy_over_loops(setting: Setting, content: Operation) -> None:
     content.datasets["accuracy_over_loops"] = xr.Dataset({
         "accuracy": measurement(accuracy.mean(-1), ("kind", "n_loops"), coords={"kind": names, "n_loops": loops},
                                 long_name="share of free cells right", units="probability",
-                                definition="every free position masked (at t = 1), one forward of S loops; the twins are "
-                                           "trained with one loop, and their mid layers repeated S times here",
+                                definition="every free position masked (at t = 1), one forward of S loops; the twins "
+                                           "are trained with one loop, and their mid layers repeated S times here",
                                 source="arXiv 2605.26106"),
         "accuracy_by_region": measurement(
             torch.stack(by_region).numpy(), ("kind", "n_loops", "region"),
@@ -66,14 +58,27 @@ def _accuracy_over_loops(setting: Setting, content: Operation) -> None:
             definition=f"as accuracy, per {setting.task.region_name}", source="arXiv 2605.26106")})
     at = {"one": 0, "max": s_max - 1, "beyond": 2 * s_max - 1}
     loop = accuracy[0]
-    content.add("accuracy_max", f"accuracy at S = {s_max}", "share of free cells right in one forward; control: deep twin",
-                "LoopMDM higher", loop=setting.bootstrap(lambda i: float(loop[at["max"], i].mean())),
-                control=setting.bootstrap(lambda i: float(accuracy[2, 0, i].mean())))
+    content.add("accuracy_max", f"accuracy at S = {s_max}",
+                "share of free cells right in one forward; control: deep twin", "LoopMDM higher",
+                loop=setting.bootstrap(np.mean, loop[at["max"]]),
+                control=setting.bootstrap(np.mean, accuracy[2, 0]))
     content.add("accuracy_gain", f"accuracy gained from S = 1 to S = {s_max}", "difference of the two accuracies",
-                "above 0", loop=setting.bootstrap(lambda i: float((loop[at["max"], i] - loop[0, i]).mean())))
+                "above 0", loop=setting.bootstrap(np.mean, loop[at["max"]] - loop[0]))
     content.add("accuracy_beyond", f"accuracy gained from S = {s_max} to S = {2 * s_max}",
                 "difference of the two accuracies; loops beyond those trained", "–",
-                loop=setting.bootstrap(lambda i: float((loop[at["beyond"], i] - loop[at["max"], i]).mean())))
+                loop=setting.bootstrap(np.mean, loop[at["beyond"]] - loop[at["max"]]))
+
+
+def _right_after_each_loop(setting: Setting, model: HookedLoopMDM, n_loops: int) -> torch.Tensor:
+    """Is each position right after 1, 2 … ``n_loops`` loops: [loop, example, pos]; one forward serves them all."""
+    condition = model.condition(setting.noised, setting.t)
+    embedded = model.embed_tokens(setting.noised)
+    x = model.head(embedded, condition)
+    right = []
+    for k in range(n_loops):
+        x = model.loop(x, k, embedded, condition)
+        right.append(model.tail(x, condition).argmax(-1) == setting.batch.tokens)
+    return torch.stack(right).float()
 
 
 def _by_region(right: torch.Tensor, free: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
@@ -85,13 +90,12 @@ def _by_region(right: torch.Tensor, free: torch.Tensor, regions: torch.Tensor) -
     return torch.stack(columns, -1)
 
 
+@torch.no_grad()
 def _coda_by_region(setting: Setting, content: Operation) -> None:
     """What the LoopMDM would answer if it stopped after each loop, region by region."""
     loop = setting.models["loop"].model
     s_max = loop.config.max_loops
-    lens = read_lens(loop, setting.noised, n_loops=s_max, kind="coda", targets=setting.batch.tokens, t=setting.t)
-    ends = [depths[-1] for depths in stages.loop_cycle(loop.config, s_max).depths]
-    right = torch.from_numpy(lens.prediction.isel(depth=ends).values == setting.batch.tokens.numpy()).float()
+    right = _right_after_each_loop(setting, loop, s_max)
     free, regions = setting.batch.free.float(), setting.task.regions()
     table = _by_region(right, free, regions)
     labels = np.unique(regions.numpy())
@@ -103,7 +107,7 @@ def _coda_by_region(setting: Setting, content: Operation) -> None:
     known = _regions_known(right.numpy(), free.numpy(), regions.numpy(), chance=_majority(setting))
     content.add("coda_slope", f"{setting.task.region_name}s the coda lens gains per loop",
                 "least-squares slope over loops of Σ_regions (accuracy − majority) / (1 − majority), up to S_max",
-                "above 0", loop=setting.bootstrap(lambda i: _slope(known[:, i].mean(1))))
+                "above 0", loop=setting.bootstrap(_slope, known))
 
 
 def _probes_by_region(setting: Setting, content: Operation) -> None:
@@ -120,14 +124,15 @@ def _probes_by_region(setting: Setting, content: Operation) -> None:
         variables[f"accuracy_{subject}"] = measurement(
             table.numpy(), (axis, "region"), coords={axis: np.arange(cycle.n_loops), "region": np.unique(regions)},
             long_name=f"linear-probe accuracy by {task.region_name}, {SUBJECTS[subject]}", units="probability",
-            definition=f"ridge classifier for the latent '{latent_name}' ({latent.description}) on resid_post of the last "
-                       "layer of each (pseudo-)loop, one probe per loop and region, held-out examples",
+            definition=f"ridge classifier for the latent '{latent_name}' ({latent.description}) on resid_post of the "
+                       "last layer of each (pseudo-)loop, one probe per loop and region, held-out examples",
             source="arXiv 1909.03368")
         known = _regions_known(correct, batch.free.float().numpy(), regions, chance=_majority(setting))
-        slopes[subject] = setting.bootstrap(lambda i, known=known: _slope(known[:, i].mean(1)))
+        slopes[subject] = setting.bootstrap(_slope, known)
     content.datasets["probe_by_region"] = xr.Dataset(variables)
     content.add("probe_slope", f"{task.region_name}s that linear probes gain per loop",
-                "the same slope, for linear probes on the state after each (pseudo-)loop, at equal depth", "above 0", **slopes)
+                "the same slope, for linear probes on the state after each (pseudo-)loop, at equal depth",
+                "above 0", **slopes)
 
 
 def _probe_correct(setting: Setting, model: HookedLoopMDM, cycle: Cycle) -> np.ndarray:
@@ -148,8 +153,9 @@ def _probe_correct(setting: Setting, model: HookedLoopMDM, cycle: Cycle) -> np.n
         positions = (task.regions() == region).nonzero()[:, 0]
         labels = latent.values[:, positions].flatten()
         train = torch.arange(len(tokens)).repeat_interleave(len(positions)) >= n_test
-        predicted = ridge_probes(states[:, :, positions].flatten(1, 2), labels, latent.n_classes, train=train).prediction
-        hits = torch.as_tensor(predicted)[:, ~train] == labels[~train]
+        features = states[:, :, positions].flatten(1, 2)
+        predicted = ridge_probes(features, labels, latent.n_classes, train=train).prediction
+        hits = torch.as_tensor(predicted.values)[:, ~train] == labels[~train]
         correct[:, :, positions.numpy()] = hits.view(len(sites), n_test, len(positions)).numpy()
     return correct
 
@@ -161,15 +167,16 @@ def _majority(setting: Setting) -> float:
 
 
 def _regions_known(right: np.ndarray, free: np.ndarray, regions: np.ndarray, *, chance: float) -> np.ndarray:
-    """[loop, example]: how many regions are known, each counted by its accuracy above chance."""
+    """[example, loop]: how many regions are known, each counted by its accuracy above chance."""
     known = np.zeros(right.shape[:2])
     for region in np.unique(regions):
         on = free * (regions == region)
         count = on.sum(-1)
         accuracy = (right * on).sum(-1) / np.maximum(count, 1)
         known += np.where(count > 0, (accuracy - chance) / (1 - chance), 0)
-    return known
+    return known.T
 
 
-def _slope(values: Sequence[float] | np.ndarray) -> float:
-    return float(np.polyfit(np.arange(len(values)), values, 1)[0])
+def _slope(known: np.ndarray) -> float:
+    """Regions gained per loop: least squares on the mean over examples."""
+    return float(np.polyfit(np.arange(known.shape[1]), known.mean(0), 1)[0])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,9 @@ class Setting:
                 "control": [(deep, stages.pseudo_cycle(deep.config, n_layers, offset=o)) for o in offsets],
                 "untrained": [(self.untrained, stages.loop_cycle(self.untrained.config, self.n_loops))]}
 
-    def bootstrap(self, statistic: Callable[[np.ndarray], float]) -> Interval:
-        return stages.bootstrap(statistic, len(self.noised), seed=self.seed)
+    def bootstrap(self, statistic: Callable[..., float], *samples: np.ndarray) -> Interval:
+        """An interval over the held-out examples, the first axis of every sample."""
+        return stages.bootstrap(statistic, *samples, seed=self.seed)
 
 
 def _masked(task: Task, batch: Batch, t: float, seed: int) -> torch.Tensor:
@@ -112,9 +114,9 @@ def _patterns(setting: Setting, operation: Operation) -> None:
         pairs = [stages.repeat_distances(distance) for distance in distances]
         same = np.mean([pair[0] for pair in pairs], axis=0)
         other = np.mean([pair[1] for pair in pairs], axis=0)
-        within[subject] = setting.bootstrap(lambda i, same=same: float(same[i].mean()))
-        between[subject] = setting.bootstrap(lambda i, other=other: float(other[i].mean()))
-        ratio[subject] = setting.bootstrap(lambda i, same=same, other=other: float(same[i].mean() / other[i].mean()))
+        within[subject] = setting.bootstrap(np.mean, same)
+        between[subject] = setting.bootstrap(np.mean, other)
+        ratio[subject] = setting.bootstrap(lambda s, o: s.mean() / o.mean(), same, other)
         matrices[f"distance_{subject}"] = _renamed(distances[0].mean("example", keep_attrs=True), subject)
     how = "‖A − B‖_F / √(‖A‖² + ‖B‖²), heads optimally matched, mean over heads and examples"
     operation.add("within", "attention distance, same layer in different loops", how, "LoopMDM lower", **within)
@@ -142,14 +144,19 @@ def _partition(setting: Setting, operation: Operation) -> None:
         signatures[subject] = [stages.signature(model, setting.noised, setting.batch.tokens, cycle, t=setting.t)
                                for model, cycle in cycles]
     for part, expected in (("layer", "LoopMDM higher"), ("loop", "LoopMDM lower"), ("interaction", "–")):
-        values = {subject: setting.bootstrap(lambda i, found=found, part=part: float(np.mean(
-            [stages.variance_partition(s.values[i].mean(0))[part] for s in found])))
-            for subject, found in signatures.items()}
+        share = partial(_share, part)
+        values = {subject: setting.bootstrap(share, *(s.values for s in found))
+                  for subject, found in signatures.items()}
         operation.add(f"variance_{part}", f"variance of signatures by {part}",
                       "two-way decomposition over loop × layer, mean over features", expected, **values)
     operation.datasets["signature"] = xr.Dataset(
         {f"signature_{subject}": found[0].mean("example", keep_attrs=True).rename(
             loop=f"loop_{subject}", layer=f"layer_{subject}") for subject, found in signatures.items()})
+
+
+def _share(part: str, *signatures: np.ndarray) -> float:
+    """One part of the variance partition, averaged over the places where the control may be cut."""
+    return float(np.mean([stages.variance_partition(values.mean(0))[part] for values in signatures]))
 
 
 def _frozen(setting: Setting, operation: Operation) -> None:
@@ -172,13 +179,17 @@ def _frozen(setting: Setting, operation: Operation) -> None:
             definition="share of free cells right when every later loop reuses the attention patterns of this one; "
                        "the last entry is the model unfrozen", source="after arXiv 2604.11791")
         middle = min(1, cycle.n_loops - 2)
-        values[subject] = setting.bootstrap(lambda i, r=right, m=middle: float(r[m, i].mean()))
-        normal[subject] = setting.bootstrap(lambda i, r=right: float(r[-1, i].mean()))
+        values[subject] = setting.bootstrap(np.mean, right[middle])
+        normal[subject] = setting.bootstrap(np.mean, right[-1])
     operation.add("unfrozen", "accuracy at this depth", "share of free cells right", "–", **normal)
     operation.add("frozen", "accuracy, attention frozen after the second loop",
-                  "every later loop reuses the second loop's attention patterns (the control's heads are matched first)",
+                  "every later loop reuses the second loop's attention patterns (control: heads matched first)",
                   "LoopMDM loses less", **values)
     operation.datasets["frozen_attention"] = xr.Dataset(curves)
+
+
+def _likeness(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return stages.profile_correlation(ours.mean(0), theirs.mean(0))
 
 
 def _twin_likeness(setting: Setting, operation: Operation) -> None:
@@ -198,14 +209,13 @@ def _twin_likeness(setting: Setting, operation: Operation) -> None:
     operation.add("twin", "correlation of the mean cycle with the unlooped twin's layers",
                   "Pearson r of layer profiles (head, mean cycle, tail), features standardised over layers; "
                   "control: the same with the cycle's layers in reverse order", "LoopMDM above its control",
-                  loop=setting.bootstrap(lambda i: stages.profile_correlation(profile[i].mean(0), theirs[i].mean(0))),
-                  control=setting.bootstrap(
-                      lambda i: stages.profile_correlation(profile[i].mean(0)[shuffled], theirs[i].mean(0))))
+                  loop=setting.bootstrap(_likeness, profile, theirs),
+                  control=setting.bootstrap(_likeness, profile[:, shuffled], theirs))
     names = [f"head {i}" for i in range(n_head)] + [f"mid {i}" for i in range(n_mid)] + [
         f"tail {i}" for i in range(config.n_tail_layers)]
     operation.datasets["profile"] = xr.Dataset({
-        key: measurement(np.nanmean(value, axis=0), ("layer", "feature"), long_name=f"layer profile, {label}", units="1",
-                         coords={"layer": names, "feature": list(stages.FEATURES)},
+        key: measurement(np.nanmean(value, axis=0), ("layer", "feature"), long_name=f"layer profile, {label}",
+                         units="1", coords={"layer": names, "feature": list(stages.FEATURES)},
                          definition="mean over examples (and over loops) of each feature of the signature",
                          source="after arXiv 2604.11791")
         for key, value, label in (("loop", profile, "LoopMDM"), ("twin", theirs, "unlooped twin"))})

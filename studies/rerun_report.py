@@ -17,7 +17,8 @@ from plotly.subplots import make_subplots
 
 COLOURS = {"loop": "#0072B2", "control": "#D55E00", "deep": "#D55E00", "twin": "#009E73", "untrained": "#7F7F7F"}
 """Okabe and Ito's colour-blind safe palette, one colour per subject everywhere."""
-KIND_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin, mid repeated S times", "deep": "deep twin, mid repeated S times"}
+KIND_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin, mid repeated S times",
+              "deep": "deep twin, mid repeated S times"}
 
 
 def accuracy_figure(data: xr.Dataset, s_max: int, trained: Mapping[str, float]) -> go.Figure:
@@ -76,9 +77,11 @@ def interval_figure(table: list[dict[str, Any]], keys: list[str], names: Mapping
         figure.add_scatter(
             x=values, y=[rows.index(row) + 0.18 * (offset - 1) for row in shown], mode="markers", name=name,
             marker={"color": COLOURS[subject], "size": 9},
-            error_x={"type": "data", "symmetric": False, "array": [row[subject]["high"] - v for row, v in zip(shown, values, strict=True)],
-                     "arrayminus": [v - row[subject]["low"] for row, v in zip(shown, values, strict=True)]})
-    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[row["measure"] for row in rows], autorange="reversed")
+            error_x={"type": "data", "symmetric": False,
+                     "array": [row[subject]["high"] - row[subject]["value"] for row in shown],
+                     "arrayminus": [row[subject]["value"] - row[subject]["low"] for row in shown]})
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[row["measure"] for row in rows],
+                        autorange="reversed")
     return _laid_out(figure, "value (pure number), with 95% interval over examples", "", height=120 + 60 * len(rows))
 
 
@@ -127,21 +130,24 @@ def figures(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> l
         ("Accuracy over loops", "All free cells masked and filled in one forward, at equal training FLOPs. Only the "
          "LoopMDM was trained to be looped; the dotted curves repeat the twins' mid layers all the same.",
          accuracy_figure(curve, s_max, trained)),
-        ("Operation: is attention of a layer the same in every loop?", "Distances between attention patterns of every "
-         "two places, ordered by layer. Dark blocks on the diagonal mean that a layer repeats itself over loops.",
+        ("Operation: is attention of a layer the same in every loop?", "Distances between attention patterns of "
+         "every two places, ordered by layer. Dark blocks on the diagonal: a layer repeats itself over loops.",
          pattern_distance_figure(datasets["pattern_distance"], names)),
-        ("Operation: the test", "A ratio of 1 says that being the same layer does not matter; 0 that loops repeat exactly.",
+        ("Operation: the test",
+         "A ratio of 1 says that being the same layer does not matter; 0 that loops repeat exactly.",
          interval_figure(verdict["table"], ["within", "between", "ratio"], names)),
         ("Operation: freezing attention", "Later loops must reuse the attention patterns of an earlier one.",
          frozen_figure(datasets["frozen_attention"], names)),
-        ("Operation: variance of signatures", "What a layer does, in eight numbers, split by layer-in-cycle and by loop. "
-         "Shown for completeness: it does not separate the two reliably.",
+        ("Operation: variance of signatures", "What a layer does, in eight numbers, split by layer-in-cycle and by "
+         "loop. The verdict does not rest on it: it need not separate the two.",
          interval_figure(verdict["table"], ["variance_layer", "variance_loop", "variance_interaction"], names)),
         ("Operation: the mean cycle beside the unlooped twin", "Each feature standardised over layers, so that colour "
          "says where in the network it is high or low.", profile_figure(datasets["profile"])),
-        (f"Content: {region}s answered if looping stopped here", "The coda lens: the tail reads the state after each loop.",
+        (f"Content: {region}s answered if looping stopped here",
+         "The coda lens: the tail reads the state after each loop.",
          region_figure(datasets["coda_by_region"].accuracy, region, loop_axis="loop")),
-        (f"Content: {region}s that a linear probe reads, LoopMDM", "One ridge probe per loop and row, on held-out examples.",
+        (f"Content: {region}s that a linear probe reads, LoopMDM",
+         f"One ridge probe per loop and {region}, on held-out examples.",
          region_figure(datasets["probe_by_region"].accuracy_loop, region, loop_axis="loop_loop")),
         (f"Content: {region}s that a linear probe reads, deep twin", "The same after each pseudo-loop of the control.",
          region_figure(datasets["probe_by_region"].accuracy_control, region, loop_axis="loop_control")),
@@ -169,8 +175,8 @@ def _table(verdict: Mapping[str, Any]) -> str:
     for row in verdict["table"]:
         cells = "".join(f"<td>{_interval(row.get(subject))}</td>" for subject in names)
         seen = {True: "yes", False: "<b>no</b>", None: "–"}[row["agrees"]]
-        rows.append(f"<tr title='{escape.escape(row['definition'], quote=True)}'><td>{escape.escape(row['measure'])}</td>"
-                    f"{cells}<td>{escape.escape(row['expected'])}</td><td>{seen}</td></tr>")
+        rows.append(f"<tr title='{escape.escape(row['definition'], quote=True)}'><td>{escape.escape(row['measure'])}"
+                    f"</td>{cells}<td>{escape.escape(row['expected'])}</td><td>{seen}</td></tr>")
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
@@ -182,8 +188,9 @@ def _seed_table(verdict: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape.escape(n)}</th>" for n in ["LoopMDM / control", *seeds])
     rows = []
     for row in verdict["table"]:
-        cells = "".join(f"<td>{' / '.join(f'{v:.2f}' for s, v in seed['values'][row['key']].items() if s != 'untrained')}"
-                        "</td>" for seed in seeds.values())
+        shown = [[f"{value:.2f}" for subject, value in seed["values"][row["key"]].items() if subject != "untrained"]
+                 for seed in seeds.values()]
+        cells = "".join(f"<td>{' / '.join(values)}</td>" for values in shown)
         rows.append(f"<tr><td>{escape.escape(row['measure'])}</td>{cells}</tr>")
     return f"<h2>Over training seeds</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
 
@@ -195,8 +202,8 @@ def _interval(cell: Mapping[str, float] | None) -> str:
 def _provenance(values: Mapping[str, Any]) -> str:
     models = "".join(f"<li>{escape.escape(name)}: <code>{m['sha256'][:16]}…</code>, made by <code>"
                      f"{escape.escape(m['command'])}</code></li>" for name, m in values["models"].items())
-    return (f"<p><code>{escape.escape(values['program'])}</code>, {values['seconds']:.0f} s on {values['threads']} threads, "
-            f"{escape.escape(str(values['versions']))}</p><ul>{models}</ul>")
+    return (f"<p><code>{escape.escape(values['program'])}</code>, {values['seconds']:.0f} s on "
+            f"{values['threads']} threads, {escape.escape(str(values['versions']))}</p><ul>{models}</ul>")
 
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{question}</title>

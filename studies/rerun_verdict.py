@@ -31,8 +31,9 @@ def judge(setting: Setting, operation: Operation, content: Operation) -> dict[st
         f"loops differs {ours} times as much as attention of different layers, against {control} in the unlooped "
         f"deep twin cut into pseudo-loops. " + _on_sharing(ours, chance) + _on_freezing(operation))
     content_words = (
-        f"The content {'advances' if advances else 'is not shown to advance'}: linear probes read {slope} more {region}s "
-        f"per loop, and accuracy rises by {gain} from one loop to {setting.models['loop'].model.config.max_loops}.")
+        f"The content {'advances' if advances else 'is not shown to advance'}: linear probes read {slope} more "
+        f"{region}s per loop, and accuracy rises by {gain} from one loop to "
+        f"{setting.models['loop'].model.config.max_loops}.")
     return {"question": QUESTION, "verdict": f"{operation_words} {content_words} {_together(repeats, advances)}",
             "conclusion": _together(repeats, advances),
             "operation": {"repeats": repeats, "words": operation_words},
@@ -40,7 +41,8 @@ def judge(setting: Setting, operation: Operation, content: Operation) -> dict[st
             "subjects": SUBJECTS,
             "setting": {"task": setting.task.to_dict(), "t": setting.t, "examples": len(setting.noised),
                         "n_loops": setting.n_loops, "region": region},
-            "table": [_row("operation", row) for row in operation.rows] + [_row("content", row) for row in content.rows]}
+            "table": [_row(section, row) for section, half in (("operation", operation), ("content", content))
+                      for row in half.rows]}
 
 
 def add_seeds(verdict: dict[str, Any], others: Mapping[str, dict[str, Any]]) -> None:
@@ -61,7 +63,8 @@ def add_seeds(verdict: dict[str, Any], others: Mapping[str, dict[str, Any]]) -> 
 
 def _together(repeats: bool, advances: bool) -> str:
     if repeats and advances:
-        return "So each loop applies the same operation to new content: it re-runs its stages, and gets further by doing so."
+        return ("So each loop applies the same operation to new content: it re-runs its stages, and gets further by "
+                "doing so.")
     if repeats:
         return "So the loops re-run their stages without getting further."
     if advances:

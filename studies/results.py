@@ -63,7 +63,8 @@ def read_results(folder: str | Path) -> Results:
     path = Path(folder)
     for file in ("verdict.json", "measurements.nc"):
         if not (path / file).exists():
-            raise FileNotFoundError(f"{path / file} is missing: make it with `python studies/rerun.py` (or `make study`).")
+            raise FileNotFoundError(f"{path / file} is missing: make it with `python studies/rerun.py` "
+                                    "(or `make study`).")
     with h5netcdf.File(path / "measurements.nc", "r") as file:
         names = list(file.groups)
     datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}

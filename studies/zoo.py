@@ -89,7 +89,8 @@ def triplet(task: str = "automaton", variant: str = "", zoo: str | Path = ZOO) -
 
 def variants_of(task: str, zoo: str | Path = ZOO) -> list[str]:
     """Variants of which the whole triplet is there, the first seed ("") first."""
-    found = {name.removeprefix(f"{task}-loop").removeprefix("-") for name in names(zoo) if name.startswith(f"{task}-loop")}
+    stem = f"{task}-loop"
+    found = {name.removeprefix(stem).removeprefix("-") for name in names(zoo) if name.startswith(stem)}
     return sorted(v for v in found if all((Path(zoo) / "-".join(filter(None, (task, kind, v))) / "card.json").exists()
                                           for kind in KINDS))
 

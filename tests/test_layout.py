@@ -64,7 +64,7 @@ def test_pins_satisfy_what_the_package_asks_for():
             requirement = Requirement(line)
             pins[requirement.name.lower().replace("_", "-")] = next(iter(requirement.specifier)).version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    asked = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     for requirement in map(Requirement, asked):
         if requirement.name != "loopscope":
             name = requirement.name.lower().replace("_", "-")

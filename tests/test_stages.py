@@ -39,7 +39,8 @@ def test_signature_equals_the_definitions_computed_by_hand():
     pre, post = (rec[f"blocks.{layer}.hook_resid_{w}@{k}"][example] for w in ("pre", "post"))
     pattern = rec[f"blocks.{layer}.attn.hook_pattern@{k}"][example]
     entropy = torch.distributions.Categorical(probs=pattern).entropy()
-    nll = [torch.nn.functional.cross_entropy(model.unembed(x[None])[0][masked], truth[example][masked]) for x in (pre, post)]
+    nll = [torch.nn.functional.cross_entropy(model.unembed(x[None])[0][masked], truth[example][masked])
+           for x in (pre, post)]
     attention, mlp = (rec[f"blocks.{layer}.hook_{w}_out@{k}"][example][masked].norm(dim=-1) for w in ("attn", "mlp"))
     expected = {
         "update": ((post - pre).norm(dim=-1) / pre.norm(dim=-1))[masked].mean(),
@@ -121,12 +122,8 @@ def test_a_model_that_repeats_exactly_has_ratio_zero_and_shuffled_layers_ratio_o
 
 
 def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
-    model, (noised, _) = small_model(), tokens_and_truth(8)
+    model, noised = small_model(2, vocab_size=40), small_tokens(8)   # many tokens: answers change easily
     model.unembed_bias.data.zero_()
-    for block in model.blocks:   # let attention matter, and the MLP's biases less
-        block.attn.qkv.weight.data *= 3
-        block.mlp.down.weight.data *= 0.2
-        block.mlp.down.bias.data.zero_()
     cycle = stages.loop_cycle(model.config, n_loops=3)
     logits = model(noised, 3)
     assert torch.equal(stages.frozen_attention(model, noised, cycle, after=2), logits.argmax(-1))
@@ -136,11 +133,11 @@ def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
 
 def test_bootstrap_covers_the_mean_like_the_normal_interval():
     values = np.random.default_rng(0).normal(size=400)
-    interval = stages.bootstrap(lambda i: float(values[i].mean()), 400, n_resamples=2000)
+    interval = stages.bootstrap(np.mean, values, n_resamples=2000)
     spread = 1.96 * values.std(ddof=1) / 20
     assert interval.value == pytest.approx(values.mean())
     assert interval.high - interval.value == pytest.approx(spread, rel=0.15)
-    assert interval == stages.bootstrap(lambda i: float(values[i].mean()), 400, n_resamples=2000)
+    assert interval == stages.bootstrap(np.mean, values, n_resamples=2000)
 
 
 def test_intervals_compare_as_wholes():

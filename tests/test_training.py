@@ -168,7 +168,7 @@ def test_a_corrupted_entry_names_the_file_and_the_mismatch(tmp_path):
     weights_file.write_bytes(whole)
     card = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(json.dumps({**card, "task": {"name": "automaton", "width": 40}}))
-    with pytest.raises(ValueError, match="the task in card.json needs 3 and 320"):
+    with pytest.raises(ValueError, match=r"the task in card\.json needs 3 and 320"):
         zoo.load(folder)
     (folder / "card.json").unlink()
     with pytest.raises(FileNotFoundError, match="is not a zoo entry"):
