@@ -16,7 +16,6 @@ import xarray as xr
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM
-from probes import stages
 from probes.linear import ridge_probes
 from probes.measurement import measurement
 from probes.stages import Cycle

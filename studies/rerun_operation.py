@@ -128,7 +128,7 @@ def _patterns(setting: Setting, operation: Operation) -> None:
 
 def _renamed(distance: xr.DataArray, subject: str) -> xr.DataArray:
     """Give each subject's matrix axes of its own, so that subjects of unequal size share a dataset."""
-    label = [f"loop {k} layer {i}" for k, i in zip(distance.loop.values, distance.layer.values, strict=True)]
+    label = [f"layer {i}, loop {k}" for k, i in zip(distance.loop.values, distance.layer.values, strict=True)]
     axes = (f"place_{subject}", f"other_{subject}")
     return measurement(distance.values, axes, coords={axes[0]: label, axes[1]: label},
                        long_name=f"attention distance, {SUBJECTS[subject]}", units="1",

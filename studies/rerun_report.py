@@ -33,7 +33,8 @@ def accuracy_figure(data: xr.Dataset, s_max: int, trained: Mapping[str, float]) 
         figure.add_hline(y=value, line={"color": COLOURS[kind], "width": 1},
                          annotation_text=f"{'twin' if kind == 'twin' else 'deep twin'} as trained",
                          annotation_font_color=COLOURS[kind])
-    figure.add_vline(x=s_max, line={"color": "grey", "dash": "dash"}, annotation_text="S_max in training")
+    figure.add_vline(x=s_max, line={"color": "grey", "dash": "dash"}, annotation_text="S_max in training",
+                     annotation_position="bottom right")
     return _laid_out(figure, "loops S in one forward", "share of free cells right", y_range=[0.45, 1.02])
 
 
@@ -55,9 +56,10 @@ def pattern_distance_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Fi
                            horizontal_spacing=0.12)
     for column, subject in enumerate(subjects, start=1):
         matrix = data[f"distance_{subject}"]
-        layers = np.array([str(label).split()[-1] for label in matrix[matrix.dims[0]].values])
+        layers = np.array([str(label).split(",")[0] for label in matrix[matrix.dims[0]].values])
         order = np.argsort(layers, kind="stable")
         labels = [str(matrix[matrix.dims[0]].values[i]) for i in order]
+        figure.update_xaxes(tickangle=90, row=1, col=column)
         figure.add_trace(go.Heatmap(z=matrix.values[np.ix_(order, order)], x=labels, y=labels, zmin=0, zmax=1,
                                     colorscale="Cividis", coloraxis="coloraxis"), row=1, col=column)
         figure.update_yaxes(autorange="reversed", row=1, col=column)
@@ -134,7 +136,8 @@ def figures(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> l
          "every two places, ordered by layer. Dark blocks on the diagonal: a layer repeats itself over loops.",
          pattern_distance_figure(datasets["pattern_distance"], names)),
         ("Operation: the test",
-         "A ratio of 1 says that being the same layer does not matter; 0 that loops repeat exactly.",
+         "A ratio of 1 says that being the same layer does not matter; 0 that loops repeat exactly. Intervals narrower "
+         "than a dot are hidden by it.",
          interval_figure(verdict["table"], ["within", "between", "ratio"], names)),
         ("Operation: freezing attention", "Later loops must reuse the attention patterns of an earlier one.",
          frozen_figure(datasets["frozen_attention"], names)),
@@ -165,7 +168,8 @@ def report(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> st
                         operation=escape.escape(verdict["operation"]["words"]),
                         content=escape.escape(verdict["content"]["words"]),
                         seeds=escape.escape(verdict.get("over_seeds", "")), table=_table(verdict),
-                        seed_table=_seed_table(verdict), figures="\n".join(parts), provenance=_provenance(verdict["provenance"]))
+                        seed_table=_seed_table(verdict), figures="\n".join(parts),
+                        provenance=_provenance(verdict["provenance"]))
 
 
 def _table(verdict: Mapping[str, Any]) -> str:
