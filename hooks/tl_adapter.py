@@ -43,7 +43,8 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 from hooks.layers import Rotary
 from hooks.loopmdm import LoopMDM, LoopMDMConfig
-from hooks.unroll import LoopEntry, Readout, UnrolledAttention, UnrolledLoopMDM
+from hooks.unroll import LoopEntry, UnrolledAttention, UnrolledLoopMDM
+from hooks.weight_views import Readout
 
 ARCHITECTURE = "LoopMDMForMaskedLM"
 

@@ -1,0 +1,412 @@
+"""The unrolled bridge equals the looped model and shares its parameters; TransformerLens' own tools run on it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from transformer_lens import ActivationCache, patching
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
+from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
+from transformer_lens.tools.analysis.logit_lens import logit_lens
+
+from hooks.interop import depth_site, entered_resid, to_depth, to_sites
+from hooks.sites import SiteError
+from hooks.tl_adapter import ARCHITECTURE, LoopMDMArchitectureAdapter
+from tests.small import MASK, VARIANTS, small_model, small_tokens
+
+LOOPS = 3
+# Where adaLN differs by example, no single W_U reads the model out: these are unrolled at one t below.
+BY_EXAMPLE = {"time-t", "time-sigma", "everything"}
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request):
+    return request.param
+
+
+def fresh(name: str):
+    """The looped model, its bridge (at one noise level where there are several), tokens and the looped logits."""
+    model = small_model(**VARIANTS[name])
+    t = 0.4 if name in BY_EXAMPLE else None
+    tokens = small_tokens()
+    with torch.no_grad():
+        return model, model.unroll(LOOPS, t=t), tokens, model(tokens, LOOPS, t=t)
+
+
+build = functools.cache(fresh)  # for tests that leave weights and flags as they are
+
+
+def close(a, b, atol=2e-5):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+
+
+def visible(logits):
+    """Without the mask token, whose −10⁶ would hide differences under the relative tolerance."""
+    return torch.cat([logits[..., :MASK], logits[..., MASK + 1:]], -1)
+
+
+# ---------------------------------------------------------------- the same network
+
+def test_logits_depth_and_parameters(variant):
+    model, bridge, tokens, expected = build(variant)
+    assert bridge.cfg.n_layers == model.config.topology(LOOPS).depth == len(bridge.blocks)
+    with torch.no_grad():
+        close(visible(bridge(tokens)), visible(expected))
+    assert {id(p) for p in bridge.parameters()} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", sorted(BY_EXAMPLE))
+def test_each_example_keeps_its_own_noise_level(name):
+    model = small_model(**VARIANTS[name])
+    bridge, tokens = model.unroll(LOOPS), small_tokens()
+    with torch.no_grad():
+        close(visible(bridge(tokens)), visible(model(tokens, LOOPS)))
+        level = torch.tensor([0.2, 0.5, 0.9])
+        close(visible(bridge(tokens, t=level)), visible(model(tokens, LOOPS, t=level)))
+        assert not torch.allclose(visible(bridge(tokens)), visible(bridge(tokens, t=0.9)), atol=1e-3)
+        _, cache = bridge.run_with_cache(tokens)
+    close(cache.decompose_resid().sum(0) + entered_resid(cache), cache["resid_post", -1])
+    with pytest.raises(NotImplementedError, match=r"no single W_U: unroll at one noise level"):
+        _ = bridge.W_U
+
+
+def test_every_site_agrees_with_the_looped_run(variant):
+    model, bridge, tokens, _ = fresh(variant)
+    bridge.set_use_attn_result(True)
+    t = 0.4 if variant in BY_EXAMPLE else None
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+        _, rec = model.run_with_cache(tokens, LOOPS, names_filter="*", t=t)
+    found = to_sites(cache, model.config.topology(LOOPS))
+    assert set(found) == set(rec)
+    for site in rec:
+        if "hook_result" in site and model.config.conditioned:  # at one noise level its heads carry adaLN's gate
+            close(found[site].sum(2), rec[site.replace("attn.hook_result", "hook_attn_out")])
+        else:
+            close(found[site], rec[site])
+    close(torch.from_numpy(found.residual_stream().values), torch.from_numpy(rec.residual_stream().values))
+
+
+def test_editing_the_looped_model_edits_the_unrolled_one(variant):
+    model, bridge, tokens, before = fresh(variant)
+    t = 0.4 if variant in BY_EXAMPLE else None
+    biases = [b.clone() for b in (bridge.b_out,)] if not VARIANTS[variant].get("mlp") else []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        after = model(tokens, LOOPS, t=t)
+        assert not torch.allclose(visible(after), visible(before), atol=1e-3)
+        close(visible(bridge(tokens)), visible(after))
+        if biases:
+            assert not torch.allclose(bridge.b_out, biases[0])
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.9          # replaced storage, as .to(device) does
+    with torch.no_grad():
+        close(visible(bridge(tokens)), visible(model(tokens, LOOPS, t=t)))
+
+
+def test_gradients_arrive_at_the_looped_models_parameters(variant):
+    model, bridge, tokens, _ = fresh(variant)
+    t = 0.4 if variant in BY_EXAMPLE else None
+    visible(model(tokens, LOOPS, t=t)).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    visible(bridge(tokens)).square().sum().backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(got) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("hook", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out",
+                                  "hook_mlp_out", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q",
+                                  "attn.hook_z", "attn.hook_attn_scores", "attn.hook_pattern", "mlp.hook_pre",
+                                  "mlp.hook_post", "ln1.hook_scale", "ln2.hook_normalized"])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_an_edit_by_depth_is_the_edit_by_site(name, hook):
+    """Among them hook_resid_mid: on TransformerLens' own bridges its alias edits only what the MLP reads."""
+    model, bridge, tokens, unedited = build(name)
+    topology = model.config.topology(LOOPS)
+    site = topology.site_at(topology.n_head + topology.n_mid, hook)
+    t = 0.4 if name in BY_EXAMPLE else None
+    with torch.no_grad():
+        expected = model.run_with_hooks(tokens, LOOPS, t=t, fwd_hooks=[(site, lambda x, hook: 1.5 * x + 0.1)])
+        got = bridge.run_with_hooks(tokens, fwd_hooks=[(depth_site(site, topology), lambda x, hook: 1.5 * x + 0.1)])
+    assert not torch.allclose(visible(expected), visible(unedited), atol=1e-4)
+    close(visible(got), visible(expected))
+
+
+def test_stopping_and_resuming_at_a_depth():
+    model, bridge, tokens, logits = build("plain")
+    with torch.no_grad():
+        _, rec = model.run_with_cache(tokens, LOOPS, names_filter="blocks.1.hook_resid_pre@1")
+        residual = bridge(tokens, stop_at_layer=3)
+        close(residual, rec["blocks.1.hook_resid_pre@1"])
+        close(visible(bridge(residual, start_at_layer=3)), visible(logits))
+
+
+def test_no_hook_point_is_a_trap():
+    """Every hook point fires, without flags or with the flag that TransformerLens has for it."""
+    _, bridge, tokens, _ = fresh("everything")
+    flags = {name: getattr(bridge, f"set_use_{name}") for name in ("split_qkv_input", "attn_result", "hook_mlp_in",
+                                                                   "attn_in")}
+    fired: set[str] = set()
+    for on in ((), ("split_qkv_input", "attn_result", "hook_mlp_in"), ("attn_in",)):
+        for name, switch in flags.items():
+            switch(False) if name not in on else None
+        for name in on:
+            flags[name](True)
+        with torch.no_grad():
+            logits, cache = bridge.run_with_cache(tokens)
+        fired |= set(cache)
+        close(visible(logits), visible(fresh("everything")[3]))
+    assert fired == set(bridge.hook_dict)
+
+
+def test_a_deep_copy_is_independent():
+    _, bridge, tokens, logits = build("time-constant")
+    twin = copy.deepcopy(bridge)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.2)
+        close(visible(bridge(tokens)), visible(logits))
+        close(visible(twin(tokens)), visible(twin.original_model.looped(tokens, LOOPS)))
+
+
+# ---------------------------------------------------------------- ActivationCache
+
+def test_decompositions_sum_to_the_residual_stream(variant):
+    model, bridge, tokens, _ = build(variant)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+        final = cache["resid_post", -1]
+        close(cache.decompose_resid().sum(0) + entered_resid(cache), final)
+        heads, labels = cache.stack_head_results(return_labels=True, incl_remainder=True)
+        assert len(labels) == bridge.cfg.n_layers * bridge.cfg.n_heads + 1
+        close(heads.sum(0), final)
+        attn = cache.decompose_resid(mode="attn", incl_embeds=False)
+        close(heads[:-1].view(*attn.shape[:1], -1, *attn.shape[1:]).sum(1), attn)
+        full = cache.get_full_resid_decomposition(expand_neurons=True)
+        close(full.sum(0) + entered_resid(cache), final)
+        stream = cache.accumulated_resid()
+        close(stream[-1], final)
+    layers = model.config.topology(LOOPS)
+    _, rec = model.run_with_cache(tokens, LOOPS, t=0.4 if variant in BY_EXAMPLE else None)
+    close(stream[1 + layers.n_head], rec[layers.site_at(layers.n_head + 1, "hook_resid_pre")])
+
+
+def test_the_last_lens_entry_is_the_models_own_output(variant):
+    _, bridge, tokens, logits = build(variant)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+        by_hand = cache.accumulated_resid(apply_ln=True) @ bridge.W_U + bridge.b_U
+        lens = logit_lens(bridge, tokens, return_type="logits", positions=None)
+    close(visible(by_hand[-1]), visible(logits))
+    close(visible(lens.values[-1]), visible(logits))
+    close(visible(lens.values), visible(by_hand[-len(lens.values):]))
+
+
+def test_logit_attributions_sum_to_the_logit_difference(variant):
+    """Without weight processing, since W_U holds the final norm's scale."""
+    _, bridge, tokens, logits = build(variant)
+    right, wrong = torch.full_like(tokens, 2), torch.full_like(tokens, 4)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+        parts = cache.logit_attrs(cache.decompose_resid(), right, wrong).sum(0)
+        entered = entered_resid(cache)
+        if isinstance(entered, torch.Tensor):
+            parts = parts + cache.logit_attrs(entered[None], right, wrong)[0]
+        bias = bridge.b_U[2] - bridge.b_U[4]
+    close(parts + bias, logits[..., 2] - logits[..., 4])
+
+
+# ---------------------------------------------------------------- patching
+
+def metric(logits):
+    return (logits[:, :, 2] - logits[:, :, 4]).sum()
+
+
+def test_activation_patching_equals_patching_by_site():
+    model, bridge, clean, _ = build("plain")
+    clean, corrupt = clean[:1, :5], small_tokens(seed=1)[:1, :5]
+    topology = model.config.topology(LOOPS)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(clean)
+        _, rec = model.run_with_cache(clean, LOOPS)
+        for sweep, hook in ((patching.get_act_patch_resid_pre, "hook_resid_pre"),
+                            (patching.get_act_patch_resid_mid, "hook_resid_mid"),
+                            (patching.get_act_patch_attn_out, "hook_attn_out"),
+                            (patching.get_act_patch_mlp_out, "hook_mlp_out")):
+            got = sweep(bridge, corrupt, cache, metric)
+            assert got.shape == (topology.depth, 5)
+            for depth in (0, 2, 5):
+                site = topology.site_at(depth, hook)
+
+                def patch(x, hook, site=site):
+                    return torch.cat([x[:, :1], rec[site][:, 1:2], x[:, 2:]], 1)
+
+                expected = metric(model.run_with_hooks(corrupt, LOOPS, fwd_hooks=[(site, patch)]))
+                close(got[depth, 1], expected)
+        assert float(got.std()) > 0
+        every = patching.get_act_patch_attn_head_all_pos_every(bridge, corrupt, cache, metric)
+        assert every.shape == (5, topology.depth, 2)
+        assert bool(torch.isfinite(every).all())
+        itself = patching.get_act_patch_resid_post(bridge, clean, cache, metric) \
+            if hasattr(patching, "get_act_patch_resid_post") else \
+            patching.get_act_patch_resid_pre(bridge, clean, cache, metric)
+        close(itself, torch.full_like(itself, float(metric(model(clean, LOOPS)))), atol=1e-4)
+
+
+def test_direct_path_patching_and_its_fork():
+    _, bridge, clean, _ = build("plain")
+    clean, corrupt = clean[:1, :4], small_tokens(seed=1)[:1, :4]
+    with torch.no_grad():
+        _, clean_cache = bridge.run_with_cache(clean)
+        logits, corrupt_cache = bridge.run_with_cache(corrupt)
+        effect = patching.get_act_patch_direct_path(bridge, corrupt, clean_cache, corrupt_cache, metric, 0, 1, "v",
+                                                    verbose=False)
+        again = patching.get_act_patch_direct_path(bridge, corrupt, corrupt_cache, corrupt_cache, metric, 0, 1, "v",
+                                                   verbose=False)
+    assert float((effect[1:] - metric(logits)).abs().min()) > 1e-6
+    close(again[1:], torch.full_like(again[1:], float(metric(logits))), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "layernorm", "swiglu", "time-constant"])
+def test_attribution_patching_is_the_gradient_times_the_difference(name):
+    model, bridge, clean, _ = build(name)
+    clean, corrupt = clean[:1, :4], small_tokens(seed=1)[:1, :4]
+    result = attribution_patch(bridge, clean, corrupt, metric)
+    topology = model.config.topology(LOOPS)
+    _, clean_rec = model.run_with_cache(clean, LOOPS, names_filter="blocks.*.hook_mlp_out")
+    _, corrupt_rec = model.run_with_cache(corrupt, LOOPS, names_filter="blocks.*.hook_mlp_out", loss_fn=metric)
+    scores = {(node.layer, node.position): score for node, score in result.node_scores.items()
+              if node.kind == "mlp_out"}
+    assert len(scores) == topology.depth * 4
+    for (depth, position), score in scores.items():
+        site = topology.site_at(depth, "hook_mlp_out")
+        expected = ((clean_rec[site] - corrupt_rec[site]) * corrupt_rec.gradients[site])[0, position].sum()
+        assert score == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "time-constant"])
+def test_edge_attribution_sums_to_the_node_scores(name):
+    _, bridge, clean, _ = build(name)
+    clean, corrupt = clean[:1, :3], small_tokens(seed=1)[:1, :3]
+    nodes = attribution_patch(bridge, clean, corrupt, metric).node_scores
+    edges = attribution_patch(bridge, clean, corrupt, metric, EdgeAttributionConfig(granularity="edge"))
+    assert edges.edge_scores
+    for node, score in edges.node_scores.items():
+        assert score == pytest.approx(nodes[node], rel=2e-3, abs=2e-4)
+
+
+# ---------------------------------------------------------------- caches and recordings
+
+def test_there_and_back():
+    model, bridge, tokens, _ = build("everything")
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+        _, rec = model.run_with_cache(tokens, LOOPS, t=0.4)
+    there = to_depth(to_sites(cache, model.config.topology(LOOPS)), bridge)
+    assert isinstance(there, ActivationCache)
+    for key in there:
+        assert there[key] is cache[key]
+    back = to_depth(rec, bridge)
+    assert set(to_sites(back, model.config.topology(LOOPS))) == set(rec)
+    close(back.decompose_resid().sum(0) + entered_resid(back), back["resid_post", -1])
+    close(back.stack_head_results(incl_remainder=True), cache.stack_head_results(incl_remainder=True))
+
+
+def test_gradients_there_and_back():
+    model, bridge, tokens, _ = build("plain")
+    _, rec = model.run_with_cache(tokens, LOOPS, names_filter="blocks.*.hook_resid_post", loss_fn=metric)
+    cache = to_depth(rec, bridge)
+    found = to_sites(cache, model.config.topology(LOOPS))
+    assert found.gradients is not None
+    for site in rec:
+        assert found[site] is rec[site]
+        assert found.gradients[site] is rec.gradients[site]
+
+
+def test_mappings_refuse_what_does_not_fit():
+    model, bridge, tokens, _ = build("plain")
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+        _, longer = model.run_with_cache(tokens, LOOPS + 1)
+        _, reduced = model.run_with_cache(tokens, LOOPS, names_filter="hook_embed", reduce=lambda x, name: x.mean())
+    with pytest.raises(SiteError, match=r"beyond depth 6 of this topology"):
+        to_sites(cache, model.config.topology(2))
+    with pytest.raises(SiteError, match=r"has 4 loops, depth 10, the bridge has 8 layers: use model\.unroll\(4\)"):
+        to_depth(longer, bridge)
+    with pytest.raises(SiteError, match=r"record without reduce"):
+        to_depth(reduced, bridge)
+    with pytest.raises(SiteError, match=r"is it a cache of model\.unroll"):
+        to_sites({"blocks.0.attn.hook_in": tokens}, model.config.topology(LOOPS))
+    with pytest.raises(SiteError, match=r"not a site of a run with 3 loops"):
+        depth_site("blocks.1.hook_resid_post@3", model.config.topology(LOOPS))
+
+
+# ---------------------------------------------------------------- plug-in, and what is refused
+
+def test_transformerlens_finds_the_architecture_through_its_entry_point():
+    from importlib.metadata import entry_points
+
+    found = [e for e in entry_points(group="transformer_lens.architectures") if e.name == ARCHITECTURE]
+    if not found:
+        import tomllib
+        from pathlib import Path
+
+        project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+        declared = project["entry-points"]["transformer_lens.architectures"][ARCHITECTURE]
+        assert declared == f"{LoopMDMArchitectureAdapter.__module__}:{LoopMDMArchitectureAdapter.__name__}"
+    else:
+        assert found[0].load() is LoopMDMArchitectureAdapter
+    small_model().unroll(2)
+    assert ArchitectureAdapterFactory._adapters[ARCHITECTURE] is LoopMDMArchitectureAdapter
+
+
+def test_weight_processing_is_refused_and_leaves_the_bridge_whole():
+    _, bridge, tokens, logits = fresh("plain")
+    with pytest.raises(ValueError, match=r"these weights are shared"):
+        bridge.enable_compatibility_mode()
+    assert not bridge.compatibility_mode
+    with torch.no_grad():
+        close(visible(bridge(tokens)), visible(logits))
+    with pytest.raises(ValueError, match=r"these weights are shared"):
+        bridge.process_weights()
+    with torch.no_grad():
+        close(visible(bridge(tokens)), visible(logits))
+
+
+def test_what_transformerlens_refuses_for_a_bidirectional_denoiser():
+    _, bridge, tokens, _ = build("plain")
+    with pytest.raises(NotImplementedError, match=r"does not support TransformerBridge's shifted causal loss"):
+        bridge(tokens, return_type="loss")
+    with pytest.raises(NotImplementedError, match=r"generat"):
+        bridge.generate(tokens, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"requires a causal decoder-only Bridge"):
+        JacobianLens.fit(bridge, ["a prompt"], corpus="test")
+
+
+def test_wrong_arguments_are_named():
+    model = small_model()
+    with pytest.raises(ValueError, match=r"t has no effect"):
+        model.unroll(2, t=0.5)
+    with pytest.raises(ValueError, match=r"n_loops must be a whole number"):
+        model.unroll(0)
+    bridge = model.unroll(2)
+    with pytest.raises(ValueError, match=r"attention_mask must be all ones"):
+        bridge(small_tokens(), attention_mask=torch.zeros(3, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"positions, the model takes at most"):
+        bridge(small_tokens(pos=11))
+    timed = small_model(time_conditioning="t").unroll(2, t=0.3)
+    with pytest.raises(ValueError, match=r"unrolled at t=0\.3: unroll again"):
+        timed(small_tokens(), t=0.5)
+    injecting = small_model(input_injection="add").unroll(3)
+    with torch.no_grad():
+        residual = injecting(small_tokens(), stop_at_layer=3)
+        with pytest.raises(ValueError, match=r"start_at_layer=3 cannot be used here"):
+            injecting(residual, start_at_layer=3)
