@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,9 +261,7 @@ def test_activation_patching_equals_patching_by_site():
         every = patching.get_act_patch_attn_head_all_pos_every(bridge, corrupt, cache, metric)
         assert every.shape == (5, topology.depth, 2)
         assert bool(torch.isfinite(every).all())
-        itself = patching.get_act_patch_resid_post(bridge, clean, cache, metric) \
-            if hasattr(patching, "get_act_patch_resid_post") else \
-            patching.get_act_patch_resid_pre(bridge, clean, cache, metric)
+        itself = patching.get_act_patch_resid_pre(bridge, clean, cache, metric)
         close(itself, torch.full_like(itself, float(metric(model(clean, LOOPS)))), atol=1e-4)
 
 
@@ -351,19 +355,35 @@ def test_mappings_refuse_what_does_not_fit():
 
 # ---------------------------------------------------------------- plug-in, and what is refused
 
-def test_transformerlens_finds_the_architecture_through_its_entry_point():
-    from importlib.metadata import entry_points
-
-    found = [e for e in entry_points(group="transformer_lens.architectures") if e.name == ARCHITECTURE]
-    if not found:
-        import tomllib
-        from pathlib import Path
-
-        project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-        declared = project["entry-points"]["transformer_lens.architectures"][ARCHITECTURE]
-        assert declared == f"{LoopMDMArchitectureAdapter.__module__}:{LoopMDMArchitectureAdapter.__name__}"
-    else:
-        assert found[0].load() is LoopMDMArchitectureAdapter
+@pytest.mark.slow
+def test_transformerlens_finds_the_architecture_through_its_entry_point(tmp_path):
+    """In a process that never imports hooks itself; an installed loopscope brings the same metadata."""
+    root = Path(__file__).resolve().parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared = project["entry-points"]["transformer_lens.architectures"]
+    path = [str(root)]
+    if not any(e.name == ARCHITECTURE for e in entry_points(group="transformer_lens.architectures")):
+        metadata = tmp_path / "loopscope_plugin-0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: loopscope-plugin\nVersion: 0\n")
+        lines = [f"{name} = {target}" for name, target in declared.items()]
+        (metadata / "entry_points.txt").write_text("\n".join(["[transformer_lens.architectures]", *lines]) + "\n")
+        path.append(str(tmp_path))
+    code = f"""
+import warnings
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory as Factory
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    Factory.discover_entry_points()
+adapter = Factory._adapters[{ARCHITECTURE!r}]
+from hooks.tl_adapter import register
+register()
+assert Factory._adapters[{ARCHITECTURE!r}] is adapter
+print(adapter.__module__, adapter.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, cwd=tmp_path)
+    assert done.stdout.split() == [LoopMDMArchitectureAdapter.__module__, LoopMDMArchitectureAdapter.__name__]
     small_model().unroll(2)
     assert ArchitectureAdapterFactory._adapters[ARCHITECTURE] is LoopMDMArchitectureAdapter
 
