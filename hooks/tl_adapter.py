@@ -281,6 +281,10 @@ class LoopEntryBridge(GeneralizedComponent):
         if config.loop_embedding == "learned":
             self.hook_loop_embed = HookPoint()
 
+    def set_original_component(self, original_component: Any) -> None:
+        super().set_original_component(original_component)
+        self.is_list_item = False  # one per loop, but no layer: TransformerLens counts lists of list items as blocks
+
     def forward(self, hidden_states: Float[Tensor, "batch pos d_model"],  # type: ignore[override]
                 embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         entry = self.original_component

@@ -173,6 +173,25 @@ def test_no_hook_point_is_a_trap():
     assert fired == set(bridge.hook_dict)
 
 
+def test_weights_in_transformerlens_shapes(variant, caplog):
+    """Stacked over depths, each layer's the looped model's; and a state dict goes out and in."""
+    model, bridge, tokens, logits = fresh(variant)
+    topology, heads = model.config.topology(LOOPS), model.config.n_heads
+    circuits = bridge.OV, bridge.QK
+    assert not caplog.records     # TransformerLens warns if it takes something else for a layer
+    assert all(circuit.shape[:2] == (topology.depth, heads) for circuit in circuits)
+    for depth, (layer, _) in enumerate(topology.unrolled()):
+        q, k, v = model.blocks[layer].attn.qkv.weight.view(3, heads, model.config.d_head, -1)
+        for stacked, part in ((bridge.W_Q, q), (bridge.W_K, k), (bridge.W_V, v)):
+            assert torch.equal(stacked[depth], part.transpose(1, 2))
+    with torch.no_grad():
+        saved = {key: value.clone() for key, value in bridge.state_dict().items()}
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+        bridge.load_state_dict(saved)
+        close(visible(model(tokens, LOOPS, t=0.4 if variant in BY_EXAMPLE else None)), visible(logits))
+
+
 def test_a_deep_copy_is_independent():
     _, bridge, tokens, logits = build("time-constant")
     twin = copy.deepcopy(bridge)
@@ -407,6 +426,8 @@ def test_what_transformerlens_refuses_for_a_bidirectional_denoiser():
         bridge(tokens, return_type="loss")
     with pytest.raises(NotImplementedError, match=r"generat"):
         bridge.generate(tokens, max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match=r"has no native sampler"):
+        bridge.diffusion_generate(tokens)
     with pytest.raises(ValueError, match=r"requires a causal decoder-only Bridge"):
         JacobianLens.fit(bridge, ["a prompt"], corpus="test")
 
