@@ -77,8 +77,10 @@ def over_loops(values: xr.DataArray, where: Bool[np.ndarray, "pos"], *, log: boo
     figure.update_layout(margin={"t": 74}, legend={"y": 1, "yref": "container", "yanchor": "top"})
     unit = str(values.attrs["units"])
     figure.update_xaxes(title_text="loop", dtick=1 if len(loops) <= 16 else 2, range=[loops[0] - 0.3, loops[-1] + 0.3])
-    figure.update_yaxes(title_text=f"{values.attrs['long_name']} [{unit}]", type="log" if log else "linear",
-                        **({"exponentformat": "power", "dtick": "D2", "minexponent": 2} if log else {}), **({"range": limits} if limits else {}))
+    figure.update_yaxes(title_text=f"{values.attrs['long_name']} [{unit}]", range=limits)
+    if log:
+        ticks = [m * 10.0 ** e for e in range(-8, 4) for m in (1, 2, 5)]
+        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
 
 

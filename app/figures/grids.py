@@ -77,8 +77,7 @@ def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: 
             marked=any(p.marked is not None for p in panels))
     styled(figure, height=total)
     figure.update_annotations(font={"size": 12, "color": FAINT})
-    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, constrain="domain")
-    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, autorange="reversed")
+    _board_axes(figure, look)
     figure.update_xaxes(title_text="column", title_font_size=11, title_standoff=2, row=n_rows)
     figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", title_font_size=11, title_standoff=2, col=1)
     figure.update_layout(margin={"l": 36, "r": 8, "t": 64, "b": 30},
@@ -137,8 +136,7 @@ def value_grids(values: Sequence[Float[np.ndarray, "pos"]], titles: Sequence[str
         figure.add_trace(key("the query", "square-open", VERMILLION))
     styled(figure, height=total, legend=marked is not None)
     figure.update_annotations(font={"size": 12, "color": FAINT})
-    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
-    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, autorange="reversed")
+    _board_axes(figure, look)
     figure.update_xaxes(title_text="column", title_font_size=11, title_standoff=2, row=n_rows)
     figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", title_font_size=11, title_standoff=2, col=1)
     figure.update_layout(margin={"l": 36, "r": 8, "t": 50, "b": 30},
@@ -149,6 +147,12 @@ def value_grids(values: Sequence[Float[np.ndarray, "pos"]], titles: Sequence[str
 
 
 # ---------------------------------------------------------------------- private
+
+def _board_axes(figure: go.Figure, look: Look) -> None:
+    """Every panel shows the whole board, first row on top, without tick labels."""
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, range=[-0.5, look.shape[1] - 0.5])
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, range=[look.shape[0] - 0.5, -0.5])
+
 
 def _colour(token: int, look: Look) -> str:
     return (LIGHT, DARK, MASK)[token] if look.binary else MASK if token == look.mask else LIGHT

@@ -14,7 +14,18 @@ import xarray as xr
 from jaxtyping import Int
 
 from app.figures.grids import Look
-from app.figures.style import AMOUNT, AROUND_ZERO, FAINT, INK, VERMILLION, colourbar, depth_axis, depth_names, ramp, styled
+from app.figures.style import (
+    AMOUNT,
+    AROUND_ZERO,
+    FAINT,
+    INK,
+    VERMILLION,
+    colourbar,
+    depth_axis,
+    depth_names,
+    ramp,
+    styled,
+)
 
 COLOURS = {
     "nll": "NLL of the truth",
@@ -32,7 +43,7 @@ def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarr
               region_name: str, regions: Int[np.ndarray, "pos"]) -> go.Figure:
     """Top prediction of every chosen position at every depth of one example: lens over (depth, pos).
 
-    Wrong predictions are crossed; hovering lists the likeliest tokens.
+    Wrong predictions at masked positions are crossed; hovering lists the likeliest tokens.
     """
     shown = lens.isel(pos=list(positions))
     z = shown[colour].transpose("pos", "depth").values
@@ -43,7 +54,8 @@ def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarr
         z=z, customdata=_hover(shown, look, tokens, positions, places), hovertemplate="%{customdata}<extra></extra>",
         text=names[shown.prediction.transpose("pos", "depth").values], texttemplate="%{text}" if few else None,
         textfont={"size": 11}, ygap=1 if few else 0, xgap=1, **_scale(colour, lens, len(names) - 1)))
-    wrong = shown.prediction.transpose("pos", "depth").values != tokens[list(positions)][:, None]
+    masked = shown.masked.values[:, None]
+    wrong = masked & (shown.prediction.transpose("pos", "depth").values != tokens[list(positions)][:, None])
     y, x = np.nonzero(wrong)
     symbol, size = ("x-thin", 13) if few else ("x-thin", 5)
     figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name="prediction is wrong", hoverinfo="skip",

@@ -49,6 +49,6 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
     figure.update_xaxes(tickfont={"size": 10}, zeroline=False)
     figure.update_xaxes(title_text="value (pure number), dot and 95% interval over examples", row=len(table))
-    figure.update_layout(margin={"l": 16, "r": 16, "t": 76, "b": 48},
+    figure.update_layout(margin={"l": 16, "r": 16, "t": 92, "b": 44},
                          legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure

@@ -71,7 +71,7 @@ def _gaze(scene: Scene, chosen: np.ndarray, titles: list[str], what: str, look: 
                 table=lambda: _gaze_table(gaze, titles, look))
 
 
-def _gaze_table(gaze: np.ndarray, titles: list[str], look: Look):  # noqa: ANN202 - a DataFrame
+def _gaze_table(gaze: np.ndarray, titles: list[str], look: Look):
     values = xr.DataArray(gaze, dims=("panel", "key"), coords={"panel": titles, "key": list(look.position_names)},
                           name="attention")
     return show.table_of(values)

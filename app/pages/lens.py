@@ -105,7 +105,7 @@ def _grid(scene: Scene, look: Look, lens: xr.Dataset, colour: str) -> None:
                 + (" (blue is better than a uniform guess, red worse)" if colour == "nll" else "") +
                 ". Crosses are wrong predictions; hover a cell for the likeliest tokens. Choose one "
                 f"{scene.task.region_name} to read the tokens in the cells. Visible positions are never trained to answer, "
-                "so that what they say there is no error.", name="lens", table=lambda: show.table_of(lens))
+                "so they carry no crosses.", name="lens", table=lambda: show.table_of(lens))
 
 
 def _curves(scene: Scene, lens: xr.Dataset, colour: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from app import data, show
@@ -25,7 +26,8 @@ def main() -> None:
     verdict = results.verdict
     st.title(str(verdict["question"]), anchor=False)
     if conclusion := verdict.get("conclusion"):
-        st.markdown(f"#### {conclusion}")
+        words = str(conclusion).removeprefix("So ")
+        st.markdown(f"#### :blue[{words[:1].upper()}{words[1:]}]")
     st.caption(_setting(verdict))
     for column, (section, title) in zip(st.columns(2), SECTIONS.items(), strict=True):
         with column.container(border=True, height="stretch"):
@@ -98,15 +100,24 @@ def _figures(results: Results) -> None:
         st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it again "
                    "with `python studies/rerun.py`.", icon=":material/history:")
         return
-    names = [name for name in results.datasets]
+    place = None
     for i, (title, what, figure) in enumerate(drawn):
-        show.figure(styled_again(figure), what, name=f"study-{i}", title=title,
-                    table=lambda: _every_number(results, names))
+        if _only_intervals(figure):   # shown as evidence above
+            continue
+        wide = len(list(figure.select_xaxes())) > 1 or i == 0
+        if wide:
+            place = st.container()
+        elif place is None or not isinstance(place, list):
+            place = list(st.columns(2, gap="large"))
+        with place.pop(0) if isinstance(place, list) else place:
+            show.figure(styled(figure, height=int(figure.layout.height or 380)), what, name=f"study-{i}", title=title,
+                        table=lambda: _every_number(results))
+        place = place if isinstance(place, list) and place else None
 
 
-def styled_again(figure: Any) -> Any:
-    """The report's figure in the explorer's template."""
-    return styled(figure, height=int(figure.layout.height or 380), legend=figure.layout.showlegend is not False)
+def _only_intervals(figure: go.Figure) -> bool:
+    """Is this one of the report's figures of values from the table?"""
+    return all(trace.type == "scatter" and trace.error_x.array is not None for trace in figure.data)
 
 
 def _provenance(results: Results) -> None:
@@ -132,11 +143,11 @@ def _plain_table(rows: list[dict[str, Any]], subjects: dict[str, str]) -> pd.Dat
                          for row in rows for s, name in subjects.items() if s in row])
 
 
-def _every_number(results: Results, names: list[str]) -> pd.DataFrame:
+def _every_number(results: Results) -> pd.DataFrame:
     """All measurements of a study, long: dataset, variable, coordinates, value."""
     parts = []
-    for name in names:
-        for variable, values in results.datasets[name].data_vars.items():
+    for name, dataset in results.datasets.items():
+        for variable, values in dataset.data_vars.items():
             part = values.rename("value").to_dataframe().reset_index()
             where = part.drop(columns="value").apply(lambda row: ", ".join(f"{k}={v}" for k, v in row.items()), axis=1)
             parts.append(pd.DataFrame({"dataset": name, "variable": variable, "at": where, "value": part["value"]}))

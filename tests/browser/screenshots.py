@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.browser.explorer import PAGES, chromium, serve, settled  # noqa: E402 - a script has no package path
+from tests.browser.explorer import PAGES, chromium, serve, settled
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""A zoo of small models with random weights, as training would leave it, that the tests of the app share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from hooks import HookedLoopMDM, LoopMDMConfig
+from studies.tasks import Automaton
+
+TASK = Automaton(rule=30, width=6, rows=4)
+
+LAYERS = {"loop": (2, 3), "twin": (2, 1), "deep": (4, 1)}
+"""Mid layers and max_loops of each kind."""
+
+
+def make_zoo(folder: Path) -> Path:
+    """A triplet on a small automaton: config, weights and card of each kind, every parameter random."""
+    for seed, (kind, (n_mid, max_loops)) in enumerate(LAYERS.items()):
+        config = LoopMDMConfig(vocab_size=TASK.vocab_size, mask_token_id=TASK.mask_token_id, max_seq_len=TASK.seq_len,
+                               d_model=16, n_heads=2, d_mlp=24, n_loop_layers=n_mid, max_loops=max_loops)
+        model = HookedLoopMDM(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+                parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+        path = folder / f"automaton-{kind}"
+        model.save_pretrained(path)
+        (path / "card.json").write_text(json.dumps({
+            "name": path.name, "kind": kind, "task": TASK.to_dict(), "seed": seed, "metrics": {}, "command": "a test",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "topology": {"head": 1, "loop": n_mid, "tail": 1, "max_loops": max_loops}}))
+    return folder
