@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from hooks import payload
 from hooks.discovery import discover, is_dry, random_state, random_state_kept, set_random_state
@@ -150,10 +151,10 @@ class Run:
     # ---- during
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if is_compiling():
+            raise RuntimeError(COMPILED)
         if is_dry():
             return None
-        if torch.compiler.is_compiling():
-            raise RuntimeError(COMPILED)
         if module is not self.root:
             raise RuntimeError(_replica("the watched module"))
         if self.active:
@@ -181,6 +182,8 @@ class Run:
         return None
 
     def _finish(self) -> None:
+        if is_compiling():
+            raise RuntimeError(COMPILED)
         if is_dry() or not self.active or self.thread != threading.get_ident():
             return
         if self.refused:  # the end of a forward that began inside this one, and was refused
@@ -228,7 +231,9 @@ class Run:
 
     def _next(self, tap: Tap, module: nn.Module) -> list[Callable[..., Any]] | None:
         """What to call at this firing; counts it."""
-        if not self.active:
+        if is_compiling():  # seen while tracing only: the compiler then leaves this part to Python
+            raise RuntimeError(COMPILED)
+        if not self.active or is_dry():
             self._stray(tap)
             return None
         if module is not tap.owner:

@@ -18,8 +18,10 @@ outside a forward of the watched module do not count. Of nested watches, the inn
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,9 +53,10 @@ def watch(module: nn.Module, sites: SitePattern = None, *,
     each time in a model that draws one. ``on_forward`` gets the recording of each forward as it ends, for
     loops such as generation; the block's recording always is that of the last one.
 
-    Raises SiteError for sites that cannot fire (before the forward), ValueError for modules whose calls Python
-    cannot see (compiled, scripted), RuntimeError for a module that ran another number of times than the
-    schedule says, for a forward inside a forward, for replicas, and for a block in which nothing ran.
+    In the block compiled code runs as plain Python. Raises SiteError for sites that cannot fire (before the
+    forward), ValueError for modules whose calls Python cannot see (compiled, scripted), RuntimeError for a module
+    that ran another number of times than the schedule says, for a forward inside a forward, for replicas, and
+    for a block in which nothing ran.
     Sites that only a wildcard names and that never fire are left out. All hooks are removed when the block ends.
     """
     _refuse_compiled(module)
@@ -72,13 +75,21 @@ def watch(module: nn.Module, sites: SitePattern = None, *,
         if schedule is not None:
             run.attach(places_of(module, schedule))
         run.frame()
-        yield run.recording
+        with _uncompiled():
+            yield run.recording
     finally:
         run.detach()
     run.refuse_silence()
 
 
 # ------------------------------------------------------------------------ private
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Inside it, compiled functions that call a watched module run as plain Python, so that its hooks are called."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled yet; importing it takes a second
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def _refuse_compiled(module: nn.Module) -> None:

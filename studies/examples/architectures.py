@@ -89,7 +89,8 @@ class OuroStack(nn.Module):
 class OuroLike(nn.Module):
     """Ouro's call structure."""
 
-    def __init__(self, total_ut_steps: int = 4, num_hidden_layers: int = 3, hidden_size: int = 32, vocab_size: int = 50):
+    def __init__(self, total_ut_steps: int = 4, num_hidden_layers: int = 3, hidden_size: int = 32,
+                 vocab_size: int = 50):
         super().__init__()
         self.config = SimpleNamespace(model_type="ouro", total_ut_steps=total_ut_steps, vocab_size=vocab_size,
                                       num_hidden_layers=num_hidden_layers, hidden_size=hidden_size,
@@ -145,12 +146,12 @@ class HuginnLike(nn.Module):
 
     def forward(self, input_ids: Int[Tensor, "batch pos"], num_steps: int | None = None) -> HuginnOutput:
         embeds, step = self.transformer["wte"](input_ids), -1
-        for block in self.transformer["prelude"]:  # type: ignore[union-attr]
+        for block in self.transformer["prelude"]:  # type: ignore[attr-defined]
             embeds = block(embeds, step := step + 1)
         x = torch.randn_like(embeds)
         for _ in range(self.config.mean_recurrence if num_steps is None else num_steps):
             x = self.transformer["adapter"](torch.cat([x, embeds], dim=-1))
-            for block in self.transformer["core_block"]:  # type: ignore[union-attr]
+            for block in self.transformer["core_block"]:  # type: ignore[attr-defined]
                 x = block(x, step := step + 1)
         x = latent = self.transformer["ln_f"](x)
         for i, block in enumerate(self.transformer["coda"], start=1):  # type: ignore[arg-type]
