@@ -36,3 +36,9 @@ def test_every_make_target_in_the_readme_exists():
     for target in set(re.findall(r"`?make ([a-z]+)", TEXT)):
         if target != "a":
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
+
+
+def test_the_generated_tables_are_up_to_date():
+    from studies.readme import current
+
+    assert current() == TEXT, "run `python studies/readme.py`"
