@@ -1,7 +1,8 @@
 """Peak memory of a run with a reducer at 1, 8 and 24 loops, and the time of ``import hooks``.
 
-Memory is measured twice, each run in a process of its own: the peak of the allocator, from
-torch's profiler (exact, and the same on every machine), and the peak resident size (what the system sees).
+Memory is measured twice, each in a process of its own: the peak of the allocator, from torch's profiler
+(exact), and by how much the run raised the peak resident size (what the system sees: fragmentation counts). The
+profiler takes memory itself, so the second runs without it.
 
     peak(n_loops=24, reduce=True)               # Peak(allocated_mb=…, resident_mb=…)
     import_ratio(repeats=7)                     # import hooks ÷ import torch
@@ -21,7 +22,7 @@ from benchmarks.timing import Estimate, compare
 
 
 class Peak(NamedTuple):
-    """Peak memory of one run above what was there before it, and of the whole process."""
+    """Peak memory of one run above what was there before it: allocated by torch, and resident in the process."""
 
     allocated_mb: float
     resident_mb: float
@@ -29,12 +30,16 @@ class Peak(NamedTuple):
 
 def peak(n_loops: int, *, reduce: bool, batch: int = 32, pos: int = 128, width: int = 256) -> Peak:
     """Record resid_post of all layers and loops in a fresh process, reduced to norms or whole."""
-    arguments = json.dumps({"n_loops": n_loops, "reduce": reduce, "batch": batch, "pos": pos, "width": width})
-    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", arguments], capture_output=True, text=True,
-                          check=False)
+    arguments = {"n_loops": n_loops, "reduce": reduce, "batch": batch, "pos": pos, "width": width}
+    return Peak(_in_a_process({**arguments, "profiled": True}), _in_a_process({**arguments, "profiled": False}))
+
+
+def _in_a_process(arguments: dict[str, object]) -> float:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", json.dumps(arguments)], capture_output=True,
+                          text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the run in a process of its own failed:\n{done.stderr[-2000:]}")
-    return Peak(*json.loads(done.stdout.splitlines()[-1]))
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def import_ratio(repeats: int) -> tuple[Estimate, dict[str, float]]:
@@ -50,7 +55,8 @@ def import_ratio(repeats: int) -> tuple[Estimate, dict[str, float]]:
     return compare(arrays, "hooks", "torch"), {name: float(np.median(values)) for name, values in arrays.items()}
 
 
-def _one_run(n_loops: int, reduce: bool, batch: int, pos: int, width: int) -> Peak:
+def _one_run(n_loops: int, reduce: bool, batch: int, pos: int, width: int, profiled: bool) -> float:
+    """MiB that recording resid_post everywhere takes at its peak, above what was there before it."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -62,17 +68,29 @@ def _one_run(n_loops: int, reduce: bool, batch: int, pos: int, width: int) -> Pe
                                         d_mlp=4 * width, max_loops=8)).eval()
     tokens = torch.randint(0, 64, (batch, pos), generator=torch.Generator().manual_seed(0))
     reducer = Norm() if reduce else None
+
+    def record() -> None:
+        model.run_with_cache(tokens, n_loops, names_filter="blocks.*.hook_resid_post", reduce=reducer)
+
     with torch.no_grad():
         model(tokens[:1], 1)
+        if not profiled:
+            before = _resident_mb()
+            record()
+            return _resident_mb() - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-            model.run_with_cache(tokens, n_loops, names_filter="blocks.*.hook_resid_post", reduce=reducer)
+            record()
     held = most = 0
     for event in watched.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Peak(most / 2 ** 20, resident / (2 ** 10 if sys.platform != "darwin" else 2 ** 20))
+    return most / 2 ** 20
+
+
+def _resident_mb() -> float:
+    """The process's peak resident size so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 10 if sys.platform != "darwin" else 2 ** 20)
 
 
 if __name__ == "__main__":

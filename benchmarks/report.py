@@ -28,13 +28,14 @@ def comparison_table(lines: list[Comparison]) -> str:
 
 def memory_table(peaks: dict[tuple[int, bool], Peak]) -> str:
     """Peak memory by loops, with a reducer and with everything kept; ratios against one loop."""
-    rows = ["| loops | reduced to norms: allocated | ÷ 1 loop | resident | everything kept: allocated |",
-            "|---|---|---|---|---|"]
-    one = peaks[1, True].allocated_mb
+    rows = ["| loops | reduced to norms: allocated | ÷ 1 loop | resident | ÷ 1 loop | everything kept: allocated "
+            "| resident |", "|---|---|---|---|---|---|---|"]
+    one = peaks[1, True]
     for loops in sorted({loops for loops, _ in peaks}):
         reduced, whole = peaks[loops, True], peaks[loops, False]
-        rows.append(f"| {loops} | {reduced.allocated_mb:.1f} MiB | {reduced.allocated_mb / one:.3f} | "
-                    f"{reduced.resident_mb:.0f} MiB | {whole.allocated_mb:.1f} MiB |")
+        rows.append(f"| {loops} | {reduced.allocated_mb:.1f} MiB | {reduced.allocated_mb / one.allocated_mb:.3f} | "
+                    f"{reduced.resident_mb:.1f} MiB | {reduced.resident_mb / one.resident_mb:.3f} | "
+                    f"{whole.allocated_mb:.1f} MiB | {whole.resident_mb:.1f} MiB |")
     return "\n".join(rows)
 
 
@@ -45,8 +46,12 @@ def import_lines(ratio: Estimate, seconds: dict[str, float]) -> list[Comparison]
 
 def memory_lines(peaks: dict[tuple[int, bool], Peak]) -> list[Comparison]:
     most = max(loops for loops, _ in peaks)
-    ratio = peaks[most, True].allocated_mb / peaks[1, True].allocated_mb
-    return [Comparison("–", f"peak memory with a reducer, {most} loops ÷ 1 loop", Estimate(ratio, ratio, ratio), 1.1)]
+    lines = []
+    for what in Peak._fields:
+        ratio = getattr(peaks[most, True], what) / getattr(peaks[1, True], what)
+        lines.append(Comparison("–", f"peak {what.removesuffix('_mb')} memory with a reducer, {most} loops ÷ 1",
+                                Estimate(ratio, ratio, ratio), 1.1))
+    return lines
 
 
 def times_table(times: dict[str, Times]) -> str:
@@ -61,11 +66,13 @@ def write(lines: list[Comparison], times: dict[str, Times], peaks: dict[tuple[in
     """benchmarks/results.md, and the README's table where it has the markers."""
     summary = comparison_table(lines)
     text = "\n\n".join([
-        "# What recording and editing cost", "Written by `make bench`. Ratios are medians over alternating runs in one "
-        "process, with 95% bootstrap intervals over rounds; times are processor time on one thread "
+        "# What recording and editing cost",
+        "Written by `make bench`. Ratios are medians over alternating runs in one process, "
+        "with 95% bootstrap intervals over rounds; times are processor time on one thread "
         f"({platform.machine()}, {platform.system()}, torch {torch.__version__}).",
         summary, "## Memory", "One head, two looped and one tail layer of width 256, batch 32 × 128, resid_post of "
-        "every layer and loop; a process of its own for each row.", memory_table(peaks), "## Times", times_table(times)])
+        "every layer and loop; a process of its own for each row.", memory_table(peaks),
+        "## Times", times_table(times)])
     (root / "benchmarks" / "results.md").write_text(text + "\n")
     readme = root / "README.md"
     if readme.exists():

@@ -70,6 +70,7 @@ class Recorder:
         self.held: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.axes: dict[str, tuple[str, ...]] = {}
+        self._shelf = Shelf()
         self._forget_reducer()
 
     def __call__(self, activation: Tensor, /, *, hook: Any) -> None:
@@ -83,11 +84,13 @@ class Recorder:
         attrs = {key: value for key in ("definition", "units") if (value := getattr(self.reduce, key, None))}
 
         def made(held: dict[str, Tensor], gradients: Recording | None) -> Recording:
+            if not self.plain:  # off the shelf, so that one value does not keep its neighbours alive
+                held = {site: value.clone() for site, value in held.items()}
             return Recording(held, names, topology=topology, gradients=gradients, reduced=self.reduce is not None,
                              axes=self.axes, attrs=attrs)
 
         recording = made(self.held, made(self.gradients, None) if self.gradients else None)
-        self.held, self.gradients, self.axes = {}, {}, {}
+        self.held, self.gradients, self.axes, self._shelf = {}, {}, {}, Shelf()
         self._forget_reducer()
         return recording
 
@@ -107,7 +110,7 @@ class Recorder:
                 raise TypeError(f"the reducer returned {type(value).__name__} at {hook.site}; "
                                 "it must return a tensor.")
         self.axes[hook.name] = axes
-        return value.to(device=self.device, dtype=self.dtype, copy=True)
+        return self._shelf.put(value.to(device=self.device, dtype=self.dtype))
 
     def _cut(self, value: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
         pos = self.pos
@@ -125,6 +128,32 @@ class Recorder:
                              f"{[value.shape[0], value.shape[axis]]}, not {pos.dtype} {list(pos.shape)}.")
         rest = tuple(name for i, name in enumerate(axes) if i not in (0, axis))
         return value.movedim(axis, 1)[pos], ("point", *rest)
+
+
+class Shelf:
+    """Copies of small tensors, side by side in few large blocks.
+
+    Kept one by one between the forward's large temporaries, small results would each pin a hole in the heap
+    that no later temporary fits: the process grew by an activation per result although almost nothing
+    was held. Values of ``BLOCK`` bytes or more get a tensor of their own.
+    """
+
+    BLOCK = 2 ** 20
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int]] = {}
+
+    def put(self, value: Tensor) -> Tensor:
+        """A copy of ``value``, on the shelf if it is small."""
+        size = value.numel()
+        if size * value.element_size() >= self.BLOCK:
+            return value.clone()
+        key = value.dtype, value.device
+        block, used = self._blocks.get(key, (value.new_empty(0), 0))
+        if used + size > block.numel():
+            block, used = value.new_empty(self.BLOCK // value.element_size()), 0
+        self._blocks[key] = block, used + size
+        return block[used:used + size].view(value.shape).copy_(value)
 
 
 class Recording(Mapping[str, Tensor]):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooks import HookedLoopMDM
-from hooks.recording import Recorder
+from hooks.recording import Recorder, Shelf
 from hooks.reducers import ChangeFromPrevious, CosineToPrevious, Entropy, Histogram, Mean, Norm, Reduced, Reduction
 from tests.small import MASK, small_model, small_tokens
 
@@ -205,3 +205,21 @@ def test_a_recorder_is_empty_after_its_recording_was_taken(model: HookedLoopMDM,
     names = {POST: (("", 2),)}
     assert len(recorder.recording(names)) == 2
     assert len(recorder.recording(names)) == 0
+
+
+def test_small_results_share_a_block_during_the_run_and_none_after_it(model: HookedLoopMDM, tokens: Tensor) -> None:
+    recorder = Recorder(reduce=Norm())
+    model.run_with_hooks(tokens, N, fwd_hooks=[(POST, recorder)])
+    assert len({value.untyped_storage().data_ptr() for value in recorder.held.values()}) == 1
+    values = dict(recorder.held)
+    rec = recorder.recording({POST: (("", N),)})
+    assert len({value.untyped_storage().data_ptr() for value in rec.values()}) == N
+    assert all(torch.equal(rec[site], values[site]) for site in rec)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in rec.values())
+    shelf, large = Shelf(), torch.randn(Shelf.BLOCK // 4)
+    pieces = [torch.full((i % 7 + 1, 1000), float(i)) for i in range(200)]  # more than one block of them
+    kept = [shelf.put(piece) for piece in [*pieces, large, large.double()[:3], large[:0]]]
+    for one, other in zip(kept, [*pieces, large, large.double()[:3], large[:0]], strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+    assert 1 < len({piece.untyped_storage().data_ptr() for piece in kept[:200]}) < 10
