@@ -94,7 +94,20 @@ def modules_of(module: nn.Module) -> dict[str, nn.Module]:
     """Everything inside that can be watched, by path: modules with a forward, or a bridge's hook points."""
     if is_bridge(module):
         return dict(module.hook_dict)  # type: ignore[arg-type]
-    return {path: part for path, part in module.named_modules() if type(part).forward is not nn.Module.forward}
+    return {path: part for path, part in walk(module) if type(part).forward is not nn.Module.forward}
+
+
+def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``module.named_modules()`` in the same order, only faster: it shows beside a small model's forward."""
+    found: dict[nn.Module, str] = {}
+    waiting = [("", module)]
+    while waiting:
+        path, part = waiting.pop()
+        if part not in found:
+            found[part] = path
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, inner) for name, inner in reversed(part._modules.items()) if inner is not None]
+    return [(path, part) for part, path in found.items()]
 
 
 def is_bridge(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hooks.discovery import walk
 from hooks.edits import PlanEdit
 from hooks.firings import COMPILED, Hooks, Run, Watched
 from hooks.places import places_of
@@ -93,7 +94,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def _refuse_compiled(module: nn.Module) -> None:
-    for part in module.modules():
+    for _, part in walk(module):
         if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
             raise ValueError(COMPILED)
         if isinstance(part, torch.jit.ScriptModule):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hooks.discovery import describe, discover
+from hooks.discovery import describe, discover, walk
 from hooks.edits import ablate, patch, skip_loop
 from hooks.reducers import Mean
 from hooks.schedules import Schedule
@@ -181,6 +181,13 @@ def test_a_seed_makes_forwards_alike_and_leaves_the_random_state(x):
         model(x)
     assert torch.equal(first, rec["1.hook_out"])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_names_are_functions_whatever_was_imported_first():
+    import hooks
+
+    assert (hooks.watch, hooks.describe) == (watch, describe)
+    assert callable(hooks.loopify)
 
 
 # ------------------------------------------------- any nesting (property-based)
@@ -640,3 +647,5 @@ def test_a_module_under_two_names_is_one(x):
         model(x)
     assert torch.equal(rec["0.hook_out@2"], layer(layer(layer(x))))
     assert discover(model, (x,)).schedule.axes("0") == (("", 3),)
+    nested = nn.ModuleDict({"a": model, "b": nn.ModuleList([layer, Looped(), nn.Identity()]), "c": Looped()})
+    assert walk(nested) == list(nested.named_modules())
