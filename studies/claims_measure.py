@@ -30,7 +30,7 @@ from studies.tasks import Batch, Task
 from studies.zoo import Entry
 
 PAPER = "arXiv 2605.26106"
-THRESHOLDS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.23, 0.26, 0.3, 0.4, 0.5)
+THRESHOLDS = (0.003, *(i / 100 for i in range(1, 31)), 0.4, 0.5)
 """Relative changes of the state at which adaptive looping stops."""
 NOISE_LEVELS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 ATTENTION_T = 0.5

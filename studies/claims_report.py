@@ -77,15 +77,17 @@ def _adaptive_figure(data: xr.Dataset) -> go.Figure:
 
 def _sampling_figure(data: xr.Dataset) -> go.Figure:
     figure = go.Figure()
-    labels = [f"{s} × {n}" for s, n in zip(data.n_loops.values, data.n_steps_of_plan.values, strict=True)]
-    equal = data.equal_exact.mean("example")
-    figure.add_scatter(x=labels, y=equal.mean("seed").values, mode="lines+markers", name="equal total compute",
-                       line={"color": COLOURS["loop"]})
+    equal = data.equal_exact.mean(["seed", "example"])
+    figure.add_scatter(x=data.n_steps_of_plan.values, y=equal.values, mode="lines+markers+text",
+                       textposition="top center", text=[f"S = {s}" for s in data.n_loops.values],
+                       name="equal total compute", line={"color": COLOURS["loop"]})
     for row, s in enumerate(data.loops.values):
         values = data.steps_exact.isel(loops=row).mean(["seed", "example"])
-        figure.add_scatter(x=[f"{s} × {n}" for n in data.n_steps.values], y=values.values, mode="lines+markers",
-                           name=f"S = {s}, more steps", line={"dash": "dot", "color": ["#7F7F7F", "#CC79A7"][row]})
-    return _laid_out(figure, "loops per step × denoising steps", "examples right", y_range=[0, 1.02])
+        figure.add_scatter(x=data.n_steps.values, y=values.values, mode="lines+markers", name=f"S = {s}",
+                           line={"dash": "dot", "color": ["#7F7F7F", "#CC79A7"][row]})
+    ticks = sorted({*data.n_steps_of_plan.values.tolist(), *data.n_steps.values.tolist()})
+    _laid_out(figure, "denoising steps", "examples right", y_range=[0, 1.08])
+    return figure.update_xaxes(type="log", tickvals=ticks, ticktext=list(map(str, ticks)))
 
 
 def _seeds(figure: go.Figure, values: xr.DataArray, axis: str, kind: str, *, label: str | None = None,

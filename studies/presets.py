@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset] = {
     "sudoku9": Preset(Sudoku(size=9), steps=60_000, minutes="for a GPU; days", variant="9x9",
                       model={"d_model": 128, "d_mlp": 512, "max_loops": 16},
                       train={"batch_size": 128, "lr": 1e-3, "loss_on": "every"}),
-    "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, minutes="15 per kind"),
+    "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, minutes="not yet trained; about 15 per kind"),
     "pointer": Preset(Pointer(keys=8, hops=6, min_keys=2, min_hops=1), steps=20_000, minutes="not yet trained; hours",
                       model={"d_model": 128, "d_mlp": 512}, train={"batch_size": 64, "lr": 1e-3}),
     "text": Preset(Text(length=128, vocab=2048), steps=40_000, minutes="for a GPU; hours",
