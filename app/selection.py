@@ -106,10 +106,11 @@ def choose() -> Scene:
                                        bind="query-params")
         level, draw = st.session_state.get("_level", 1.0), st.session_state.get("_draw", 0)
         if masking == BY_LEVEL:
-            level = st.slider("Noise level t", 0.05, 1.0, level, 0.05, key="t", bind="query-params",
+            level = st.slider("Noise level t", 0.05, 1.0, 1.0, 0.05, key="t", bind="query-params",
                               help="Each free position is masked with this probability; 1 masks them all.")
-            draw = int(st.number_input("Mask seed", 0, 999, draw, key="draw", bind="query-params"))
-            st.session_state["_level"], st.session_state["_draw"] = level, draw
+            draw = int(st.number_input("Mask seed", 0, 999, 0, key="draw", bind="query-params"))
+            st.session_state["_level"], st.session_state["_draw"] = level, draw   # a drawing starts from them
+            st.query_params.pop("mask", None)
         hidden = _from_level(batch, example, level, draw)
         if masking == BY_HAND:
             hidden = _drawn(batch.free[example], hidden)
@@ -129,7 +130,7 @@ def flip(scene: Scene, positions: list[int]) -> None:
 def draw_mask(hidden: Bool[Tensor, "pos"]) -> None:
     """Set the mask drawn by hand. To be called from a callback, before the controls exist."""
     st.session_state["masking"] = BY_HAND
-    st.session_state["mask"] = encode_mask(hidden)
+    st.session_state["_mask"] = encode_mask(hidden)
 
 
 def encode_mask(hidden: Bool[Tensor, "pos"]) -> str:
@@ -176,13 +177,24 @@ def _from_level(batch: Batch, example: int, level: float, draw: int) -> Bool[Ten
     return noised[example] == 1
 
 
+def _typed() -> None:
+    st.session_state["_mask"] = st.session_state["mask"]
+
+
 def _drawn(free: Bool[Tensor, "pos"], start: Bool[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
-    """The mask drawn by hand, starting from the one of the noise level."""
-    text = st.text_input("Mask as a number", key="mask", bind="query-params", placeholder=encode_mask(start),
+    """The mask drawn by hand, starting from the one of the noise level.
+
+    A bound control would not put a value set by a click into the address, so this one is kept there by hand;
+    ``_mask`` is what counts, since the control's own value goes when a page does not show it.
+    """
+    st.session_state["mask"] = st.session_state.setdefault("_mask", st.query_params.get("mask", ""))
+    text = st.text_input("Mask as a number", key="mask", placeholder=encode_mask(start), on_change=_typed,
                          help="The mask in hexadecimal, four positions per digit. Draw it on the Lens page by "
                               "clicking cells, or paste one here.")
     if not text:
+        st.query_params.pop("mask", None)
         return start
+    st.query_params["mask"] = text
     try:
         return decode_mask(text.strip().lower(), len(free)) & free
     except ValueError as error:

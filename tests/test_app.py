@@ -47,9 +47,8 @@ def opened(app: AppTest, page: str, **query: str) -> AppTest:
     """The app at a page, as if its address had been opened with these query parameters."""
     for name, value in query.items():
         app.query_params[name] = value
-    if page != "verdict":
-        app.switch_page(f"pages/{page}.py")
-    return healthy(app.run())
+    healthy(app.run())
+    return healthy(app.switch_page(f"views/{page}.py").run()) if page != "verdict" else app
 
 
 def healthy(app: AppTest) -> AppTest:
@@ -127,7 +126,7 @@ def test_another_model_starts_at_its_own_loops(app: AppTest) -> None:
 def test_selections_are_read_from_the_address_and_stay_when_the_page_changes(app: AppTest) -> None:
     opened(app, "attention", model="automaton-deep", loops="2", example="7", t="0.5")
     for page in ("denoise", "verdict", "lens"):
-        healthy(app.switch_page(f"pages/{page}.py").run())
+        healthy(app.switch_page(f"views/{page}.py").run())
     assert app.selectbox(key="model").value == "automaton-deep"
     assert app.slider(key="loops").value == 2
     assert app.number_input(key="example").value == 7
@@ -189,7 +188,7 @@ def test_missing_or_damaged_results_name_the_command(app: AppTest, damage: str, 
 def test_an_empty_zoo_and_a_broken_model_are_said_so(app: AppTest, tmp_path: Path, folders: tuple[Path, Path],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPSCOPE_ZOO", str(tmp_path))
-    app.switch_page("pages/lens.py").run()
+    app.run().switch_page("views/lens.py").run()
     assert "python studies/pretrain.py --preset automaton" in app.error[0].value
     broken = make_zoo(tmp_path) / "automaton-loop" / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])

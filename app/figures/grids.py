@@ -104,11 +104,11 @@ def mask_editor(tokens: Int[np.ndarray, "pos"], hidden: Bool[np.ndarray, "pos"],
     _legend(figure, look)
     figure.add_trace(key("given", "square-open", SKY))
     styled(figure, height=rows * cell + 92)
-    figure.update_xaxes(range=[-0.6, columns - 0.4], showgrid=False, zeroline=False, showticklabels=False,
+    figure.update_xaxes(range=[-0.6, columns - 0.4], fixedrange=True, showgrid=False, zeroline=False, showticklabels=False,
                         title_text="column", title_font_size=11, title_standoff=2)
-    figure.update_yaxes(range=[rows - 0.4, -0.6], showgrid=False, zeroline=False, showticklabels=False,
+    figure.update_yaxes(range=[rows - 0.4, -0.6], fixedrange=True, showgrid=False, zeroline=False, showticklabels=False,
                         title_text="row" if rows > 1 else "", title_font_size=11, title_standoff=2)
-    figure.update_layout(margin={"l": 32, "r": 8, "t": 44, "b": 32}, dragmode="select", clickmode="event+select",
+    figure.update_layout(margin={"l": 32, "r": 8, "t": 44, "b": 32}, dragmode="pan",
                          width=columns * cell + 44)
     return figure
 

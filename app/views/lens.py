@@ -54,8 +54,8 @@ def _region(scene: Scene) -> int | None:
 def _editor(scene: Scene, look: Look) -> None:
     """The example to click on. Its key changes with the mask, so that no selection outlives the click."""
     st.subheader("What it sees", anchor=False)
-    st.caption(":material/touch_app: Example and mask. Click a cell, or drag a box, to mask what is visible and show what "
-               "is masked. Ringed cells are given.")
+    st.caption(":material/touch_app: Click a cell to mask it or to show it; for a whole area take the box from the "
+               "figure's toolbar. Ringed cells are given.")
     drawn = mask_editor(scene.tokens.numpy(), scene.hidden.numpy(), scene.free.numpy(), look)
     key = f"editor-{scene.name}-{scene.example}-{selection.encode_mask(scene.hidden)}"
 
@@ -64,7 +64,7 @@ def _editor(scene: Scene, look: Look) -> None:
         selection.flip(scene, [point["point_index"] for point in points if point["curve_number"] == 0])
 
     st.plotly_chart(drawn, theme=None, width="content", key=key, on_select=clicked, selection_mode=("points", "box"),
-                    config={"displayModeBar": False}, alt="The example with its mask, as a grid of cells to click on")
+                    config={"displaylogo": False, "modeBarButtons": [["select2d", "pan2d"]]}, alt="The example with its mask, as a grid of cells to click on")
     with st.container(horizontal=True, gap="small"):
         for label, hidden in (("Mask all", scene.free), ("Show all", ~scene.free & False),
                               ("Invert", ~scene.hidden & scene.free)):

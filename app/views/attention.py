@@ -45,7 +45,8 @@ def _chosen(scene: Scene, pattern: xr.DataArray) -> tuple[np.ndarray, list[str],
         if over == "loops":
             head = int(st.segmented_control("Head", heads, default="0", required=True, key="head", bind="query-params"))
         elif layer in looped and scene.n_loops > 1:
-            st.session_state["loop"] = min(st.session_state.get("loop", 0), scene.n_loops - 1)
+            if st.session_state.get("loop", 0) >= scene.n_loops:   # it was chosen when there were more
+                st.session_state["loop"] = scene.n_loops - 1
             loop = st.slider("Loop", 0, scene.n_loops - 1, key="loop", bind="query-params", width=260)
     if over == "loops":
         depths = np.nonzero(pattern.layer.values == layer)[0]

@@ -27,7 +27,8 @@ def main() -> None:
         return
     config, seed = _config(scene)
     trace = compute.trace_of(scene.checkpoint, compute.rows(scene.noised), config, seed)
-    st.session_state["step"] = min(st.session_state.get("step", 0), len(trace) - 1)
+    if st.session_state.get("step", 0) >= len(trace):   # it was chosen when there were more
+        st.session_state["step"] = len(trace) - 1
     step = st.slider("Step", 0, len(trace) - 1, key="step", bind="query-params") if len(trace) > 1 else 0
     _numbers(scene, trace)
     _step(scene, trace, step)
