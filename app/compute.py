@@ -59,9 +59,9 @@ def movement(checkpoint: Checkpoint, noised: Rows, n_loops: int, t: float, unit:
     residual = rec.residual_stream()
     topology = model.config.topology(n_loops)
     target = _settled(checkpoint, noised, t)
-    norm = np.sqrt((residual ** 2).sum("d_model"))
+    norm = _norm(residual)
     if unit:
-        residual, target = (x / np.sqrt((x ** 2).sum("d_model")).assign_attrs(x.attrs) for x in (residual, target))
+        residual, target = residual / norm, target / _norm(target)
     moves = dynamics(residual, topology, fixed_point=target)
     moves["contraction"] = contraction(moves.distance_to_fixed_point)
     moves["last_step"] = measurement(target.last_step.values, ("layer", "batch", "pos"), units="1",
@@ -125,6 +125,11 @@ def trace_of(checkpoint: Checkpoint, noised: Rows, config: dict[str, Any], seed:
     model, tokens = _ready(checkpoint, noised)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     return [_plain(step) for step in sample(model, tokens, SamplerConfig(**config), generator=generator)]
+
+
+def _norm(states: xr.DataArray) -> xr.DataArray:
+    """‖X‖ over d_model."""
+    return (states ** 2).sum("d_model") ** 0.5
 
 
 def _plain(step: DenoisingStep) -> dict[str, np.ndarray]:

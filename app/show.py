@@ -24,7 +24,8 @@ def figure(drawn: go.Figure, what: str, *, name: str, table: Table, title: str =
     if title:
         st.subheader(title, anchor=False)
     st.caption(f":material/visibility: {what}")
-    st.plotly_chart(drawn, theme=None, width="stretch", key=f"chart-{name}", config=config(name), alt=alt or title or name)
+    st.plotly_chart(drawn, theme=None, width="stretch", key=f"chart-{name}", config=config(name),
+                    alt=alt or title or name)
     downloads(drawn, name=name, table=table)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def app(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
+def app(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.setenv("LOOPSCOPE_ZOO", str(folders[0]))
     monkeypatch.setenv("LOOPSCOPE_RESULTS", str(folders[1]))
-    yield AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
 
 
 def opened(app: AppTest, page: str, **query: str) -> AppTest:
@@ -174,7 +173,8 @@ def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tup
 
 @pytest.mark.parametrize("damage", ["gone", "half"])
 def test_missing_or_damaged_results_name_the_command(app: AppTest, damage: str, tmp_path: Path,
-                                                     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+                                                     folders: tuple[Path, Path],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPSCOPE_RESULTS", str(tmp_path))
     if damage == "half":
         (tmp_path / "rerun-automaton").mkdir()

@@ -29,11 +29,14 @@ def step_costs(trace: Trace, progress: Mapping[str, Float[np.ndarray, "step"]], 
                      annotation_position="top right", annotation_font={"size": 11}, row=1, col=1)
     for (name, values), (colour, width) in zip(progress.items(), ((ORANGE, 6), (GREEN, 2)), strict=True):
         figure.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines+markers",
-                                    line={"color": colour, "width": width}, hovertemplate=f"step %{{x}}: {name} %{{y:.1%}}<extra></extra>"), row=2, col=1)
+                                    line={"color": colour, "width": width}, hovertemplate=f"step %{{x}}: {name} "
+                                                                                          f"%{{y:.1%}}<extra></extra>"),
+                                                                                          row=2, col=1)
     figure.add_vrect(x0=current - 0.5, x1=current + 0.5, fillcolor="#E6EDF5", layer="below", line_width=0)
     styled(figure, height=380)
     figure.update_xaxes(title_text="denoising step", row=2, col=1)
-    figure.update_xaxes(tickvals=list(steps) if len(steps) <= 24 else None, range=[-0.6, len(steps) - 0.4], showgrid=False,
+    figure.update_xaxes(tickvals=list(steps) if len(steps) <= 24 else None, range=[-0.6, len(steps) - 0.4],
+                        showgrid=False,
                         zeroline=False)
     figure.update_yaxes(title_text="loops", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="share of free positions", range=[-0.03, 1.05], tickformat=".0%", row=2, col=1)

@@ -54,7 +54,7 @@ def trajectories(pca: xr.Dataset, regions: Int[np.ndarray, "pos"], region_name: 
 
 def over_loops(values: xr.DataArray, where: Bool[np.ndarray, "pos"], *, log: bool = False,
                zero: bool = False, limits: tuple[float, float] | None = None) -> go.Figure:
-    """A quantity over loops, one line per looped layer: median over positions, band from the 10th to the 90th percentile.
+    """A quantity over loops, a line per looped layer: median over positions, band from 10th to 90th percentile.
 
     ``values`` over (loop, layer, pos); ``zero`` draws the line at 0 where it means something.
     """
@@ -65,7 +65,8 @@ def over_loops(values: xr.DataArray, where: Bool[np.ndarray, "pos"], *, log: boo
         defined = np.isfinite(v).any(1)
         low, mid, high = np.nanquantile(v[defined], [0.1, 0.5, 0.9], axis=1)
         x, colour = loops[defined], CATEGORIES[i % len(CATEGORIES)]
-        figure.add_trace(go.Scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines", hoverinfo="skip",
+        figure.add_trace(go.Scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines",
+                                    hoverinfo="skip",
                                     line={"width": 0, "color": colour}, fillcolor=_faint(colour), showlegend=i == 0,
                                     name="10th to 90th percentile of positions", legendgroup="band"))
         figure.add_trace(go.Scatter(x=x, y=mid, mode="lines+markers", name=f"layer {layer}, median",
@@ -84,7 +85,8 @@ def over_loops(values: xr.DataArray, where: Bool[np.ndarray, "pos"], *, log: boo
     return figure
 
 
-def distance_grid(distance: xr.DataArray, regions: Int[np.ndarray, "pos"], region_name: str, names: list[str]) -> go.Figure:
+def distance_grid(distance: xr.DataArray, regions: Int[np.ndarray, "pos"], region_name: str,
+                  names: list[str]) -> go.Figure:
     """Distance to the fixed point of every position after every loop, on a logarithmic scale: (loop, pos)."""
     values = distance.transpose("pos", "loop").values
     z = np.log10(np.maximum(values, 1e-6))
@@ -114,7 +116,8 @@ def class_grid(classes: xr.DataArray, look: Look) -> go.Figure:
     colours = [CLASS_COLOURS[name] for name in names]
     scale = [[edge, colours[i]] for i in range(3) for edge in (i / 3, (i + 1) / 3)]
     layers = classes.layer.values
-    figure = make_subplots(1, len(layers), subplot_titles=[f"layer {layer}" for layer in layers], horizontal_spacing=0.06)
+    figure = make_subplots(1, len(layers), subplot_titles=[f"layer {layer}" for layer in layers],
+                           horizontal_spacing=0.06)
     for i, layer in enumerate(layers):
         z = look.grid(classes.sel(layer=layer).values)
         figure.add_trace(go.Heatmap(z=z, zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False, xgap=1, ygap=1,

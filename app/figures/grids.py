@@ -92,7 +92,8 @@ def mask_editor(tokens: Int[np.ndarray, "pos"], hidden: Bool[np.ndarray, "pos"],
     y, x = np.divmod(np.arange(len(tokens)), columns)
     shown = np.where(hidden, look.mask, tokens)
     colours = [MASK if h else _colour(int(token), look) for token, h in zip(tokens, hidden, strict=True)]
-    state = np.where(~free, "given, always visible", np.where(hidden, "masked; click to show", "visible; click to mask"))
+    state = np.where(~free, "given, always visible",
+                     np.where(hidden, "masked; click to show", "visible; click to mask"))
     names = [look.token_names[int(token)] for token in shown]
     figure = go.Figure(go.Scatter(
         x=x, y=y, mode="markers" if look.binary else "markers+text", text=["" if look.binary else n for n in names],
@@ -104,7 +105,8 @@ def mask_editor(tokens: Int[np.ndarray, "pos"], hidden: Bool[np.ndarray, "pos"],
     _legend(figure, look)
     figure.add_trace(key("given", "square-open", SKY))
     styled(figure, height=rows * cell + 92)
-    figure.update_xaxes(range=[-0.6, columns - 0.4], fixedrange=True, showgrid=False, zeroline=False, showticklabels=False,
+    figure.update_xaxes(range=[-0.6, columns - 0.4], fixedrange=True, showgrid=False, zeroline=False,
+                        showticklabels=False,
                         title_text="column", title_font_size=11, title_standoff=2)
     figure.update_yaxes(range=[rows - 0.4, -0.6], fixedrange=True, showgrid=False, zeroline=False, showticklabels=False,
                         title_text="row" if rows > 1 else "", title_font_size=11, title_standoff=2)
@@ -126,7 +128,8 @@ def value_grids(values: Sequence[Float[np.ndarray, "pos"]], titles: Sequence[str
     for i, value in enumerate(values):
         place = {"row": i // columns + 1, "col": i % columns + 1}
         figure.add_trace(go.Heatmap(z=look.grid(value), customdata=names, coloraxis="coloraxis", xgap=1, ygap=1,
-                                    hovertemplate=f"%{{customdata}}<br>{bar} %{{z:.3f}}<extra>{titles[i]}</extra>"), **place)
+                                    hovertemplate=f"%{{customdata}}<br>{bar} %{{z:.3f}}<extra>{titles[i]}</extra>"),
+                                    **place)
         if marked is not None:
             y, x = divmod(marked, look.shape[1])
             figure.add_trace(go.Scatter(x=[x], y=[y], mode="markers", hoverinfo="skip", showlegend=False,

@@ -63,7 +63,8 @@ def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarr
                                         "line": {"width": 1.8 if few else 1.2, "color": VERMILLION}}))
     styled(figure, height=max(260, (22 if few else 8) * len(positions) + 130))
     _position_axis(figure, look, positions, regions, region_name, few)
-    figure.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"}, margin={"t": 64, "l": 124 if few else 70})
+    figure.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"},
+                         margin={"t": 64, "l": 124 if few else 70})
     return depth_axis(figure, lens.layer.values, lens.loop.values)
 
 
@@ -117,7 +118,8 @@ def _hover(lens: xr.Dataset, look: Look, tokens: np.ndarray, positions: Sequence
     for i, pos in enumerate(positions):
         role = "masked" if masked[i] else "visible"
         for d in range(ids.shape[1]):
-            guesses = "  ".join(f"{names[token]} {chance:.3f}" for token, chance in zip(ids[i, d], p[i, d], strict=True))
+            guesses = "  ".join(f"{names[token]} {chance:.3f}" for token,
+                                chance in zip(ids[i, d], p[i, d], strict=True))
             text[i, d] = (f"{look.position_names[pos]} ({role})<br>{places[d]}<br>{guesses}<br>"
                           f"truth {names[tokens[pos]]}, NLL {nll[i, d]:.3f} nat")
     return text
@@ -135,7 +137,8 @@ def _position_axis(figure: go.Figure, look: Look, positions: Sequence[int], regi
     here = regions[list(positions)]
     starts = [i for i in range(n) if i == 0 or here[i] != here[i - 1]]
     centres = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], n], strict=True)]
-    figure.update_yaxes(tickvals=centres, ticktext=[str(here[a]) for a in starts], title_text=f"{region_name} (positions in order)")
+    figure.update_yaxes(tickvals=centres, ticktext=[str(here[a]) for a in starts], title_text=f"{region_name} "
+                                                                                              "(positions in order)")
     for a in starts[1:]:
         figure.add_hline(y=a - 0.5, line={"color": "white", "width": 1.5})
 

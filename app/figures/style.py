@@ -31,7 +31,8 @@ def styled(figure: go.Figure, *, height: int, legend: bool = True) -> go.Figure:
     figure.update_layout(
         template="plotly_white", height=height, font=_FONT, paper_bgcolor="white", plot_bgcolor="white",
         margin={"l": 64, "r": 24, "t": 48, "b": 44}, showlegend=legend, hoverlabel={"font": {"size": 12}},
-        colorway=list(CATEGORIES), legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"})
+        colorway=list(CATEGORIES), legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0,
+                                           "xanchor": "left"})
     figure.update_xaxes(linecolor=RULE, gridcolor="#EEF1F5", zerolinecolor=RULE, title_font_size=13, title_standoff=8)
     figure.update_yaxes(linecolor=RULE, gridcolor="#EEF1F5", zerolinecolor=RULE, title_font_size=13, title_standoff=8)
     return figure
@@ -39,7 +40,8 @@ def styled(figure: go.Figure, *, height: int, legend: bool = True) -> go.Figure:
 
 def colourbar(title: str, **options: object) -> dict[str, object]:
     """A slim colour bar with its title on its side."""
-    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "tickfont": {"size": 11}, "thickness": 12, "outlinewidth": 0, "len": 1.0, **options}
+    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "tickfont": {"size": 11}, "thickness": 12,
+            "outlinewidth": 0, "len": 1.0, **options}
 
 
 def ramp(n: int, scale: str = "Viridis") -> list[str]:
@@ -58,7 +60,8 @@ def depth_axis(figure: go.Figure, layer: Sequence[int] | np.ndarray, loop: Seque
     layer, loop = np.asarray(layer), np.asarray(loop)
     n = len(layer)
     every = 1 if n <= 36 else 2
-    figure.update_xaxes(tickvals=list(range(0, n, every)), ticktext=[str(k) for k in layer[::every]], title_text="layer",
+    figure.update_xaxes(tickvals=list(range(0, n, every)), ticktext=[str(k) for k in layer[::every]],
+                        title_text="layer",
                         showgrid=False, zeroline=False, tickangle=0, range=[-0.5, n - 0.5], **subplot)
     names = _stretch_names(loop)
     starts = [i for i in range(n) if i == 0 or names[i] != names[i - 1]]

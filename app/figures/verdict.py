@@ -22,7 +22,8 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
     shown = [[s for s in subjects if s in row] for row in table]
     heights = [len(here) + 1.6 for here in shown]
     total = int(ROW_PX * 0.62 * sum(heights)) + 90
-    figure = make_subplots(len(table), 1, row_heights=heights, vertical_spacing=min(0.9 / max(len(table), 2), 46 / total),
+    figure = make_subplots(len(table), 1, row_heights=heights,
+                           vertical_spacing=min(0.9 / max(len(table), 2), 46 / total),
                            subplot_titles=[str(row["measure"]) for row in table])
     named: set[str] = set()
     for i, (row, here) in enumerate(zip(table, shown, strict=True), start=1):

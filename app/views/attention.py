@@ -24,7 +24,8 @@ def main() -> None:
     _gaze(scene, chosen, titles, what, look)
     show.figure(pattern_maps(chosen, titles, scene.task.regions().numpy(), scene.task.region_name,
                              names=scene.task.position_names(), columns=4 if len(titles) <= 8 else 6),
-                f"{what} of this example: each row of pixels is a query, each column a key; rows sum to 1. Lit diagonals are "
+                f"{what} of this example: each row of pixels is a query, each column a key; rows sum to 1. Lit "
+                "diagonals are "
                 f"steps of a fixed length through the sequence, such as one {scene.task.region_name} back.",
                 name="patterns", title="Whole patterns", table=lambda: show.table_of(pattern.rename("attention")))
     _flows(scene)
@@ -61,13 +62,15 @@ def _chosen(scene: Scene, pattern: xr.DataArray) -> tuple[np.ndarray, list[str],
 def _gaze(scene: Scene, chosen: np.ndarray, titles: list[str], what: str, look: Look) -> None:
     rows, columns = look.shape
     start = (rows // 2) * columns + columns // 2
-    query = st.select_slider("Query position", range(len(look.position_names)), value=start, key="query", bind="query-params",
+    query = st.select_slider("Query position", range(len(look.position_names)), value=start, key="query",
+                             bind="query-params",
                              format_func=lambda p: look.position_names[p])
     gaze = chosen[:, query]
     role = "masked" if scene.hidden[query] else "visible"
     show.figure(value_grids(list(gaze), titles, look, bar="attention", zmax=float(gaze.max()), marked=int(query),
                             columns=4 if len(titles) <= 8 else 6, cell=18 if len(titles) <= 8 else 14),
-                f"{what}: where {look.position_names[query]} ({role}, ringed) looks, laid out as the example is. Attention "
+                f"{what}: where {look.position_names[query]} ({role}, ringed) looks, laid out as the example is. "
+                "Attention "
                 "over all keys sums to 1.", name="gaze", title="Where one position looks",
                 table=lambda: _gaze_table(gaze, titles, look))
 
@@ -92,7 +95,8 @@ def _flows(scene: Scene) -> None:
     left, right = st.columns(2, gap="large")
     with left:
         if np.isfinite(summary.flow.sel(query_role=q, key_role=k).values).any():
-            show.figure(flow_curves(summary, q, k, over_chance=over_chance), f"Share of attention that {q} positions give "
+            show.figure(flow_curves(summary, q, k, over_chance=over_chance), f"Share of attention that {q} positions "
+                                                                             "give "
                         f"to {k} ones, per head, mean over {N_AVERAGED} examples under the same kind of mask.",
                         name="flows", table=lambda: show.table_of(summary[["flow", "flow_over_chance"]]))
         else:

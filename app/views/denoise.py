@@ -19,7 +19,8 @@ ORDERS = {"confident first": "confidence", "at random": "ancestral"}
 def main() -> None:
     scene = selection.choose()
     st.title("Denoise: unmasking, step by step", anchor=False)
-    st.markdown("The sampler starts from the masked example and reveals some positions at each step. Every step runs the "
+    st.markdown("The sampler starts from the masked example and reveals some positions at each step. Every step runs "
+                "the "
                 "loops anew, so **steps and loops are two ways to spend compute**.")
     if not scene.hidden.any():
         st.info("Nothing is masked, so there is nothing to reveal: raise the noise level or draw a mask.",
@@ -35,13 +36,15 @@ def main() -> None:
     left, right = st.columns(2, gap="large")
     with left:
         show.figure(step_costs(trace, _progress(scene, trace), current=step, bound=scene.n_loops),
-                    "Above, loops used at each step; below, the shares of free positions that are revealed, and right, after it. "
+                    "Above, loops used at each step; below, the shares of free positions that are revealed, and right, "
+                    "after it. "
                     "The shaded step is the one shown above.", name="step-costs", title="Cost and progress",
                     table=lambda: _table(scene, trace))
     with right:
         show.figure(confidence_grid(trace, scene.task.regions().numpy(), scene.task.region_name,
                                     scene.task.position_names(), n_tokens=scene.task.mask_token_id, current=step),
-                    "Probability of the token drawn at every still masked position; white once revealed, a dot where it was.",
+                    "Probability of the token drawn at every still masked position; white once revealed, a dot where "
+                    "it was.",
                     name="confidence", title="Confidence", table=lambda: _table(scene, trace))
 
 
@@ -84,8 +87,10 @@ def _step(scene: Scene, trace: list[dict[str, np.ndarray]], step: int) -> None:
               Panel("after the step", after, wrong=(after != look.mask) & (after != truth), marked=here["revealed"][0]),
               Panel("truth", truth)]
     show.figure(token_grids(panels, look, columns=4, cell=22),
-                f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: {int(here['revealed'].sum())} positions "
-                f"revealed with {int(here['loops_used'][0])} loops. Crosses are errors, rings mark what this step reveals.",
+                f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: {int(here['revealed'].sum())} "
+                "positions "
+                f"revealed with {int(here['loops_used'][0])} loops. Crosses are errors, rings mark what this step "
+                "reveals.",
                 name="step", title=f"Step {step}", table=lambda: _table(scene, trace))
 
 

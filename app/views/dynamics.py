@@ -32,7 +32,8 @@ def main() -> None:
                                      key="plane", bind="query-params")
         unit = st.toggle("states of norm 1", value=True, key="unit", bind="query-params",
                          help="Scale every state to norm 1 first. Layers normalise what they read, so its direction is "
-                              "what they see; the residual stream itself may grow without end. Off: states as they are.")
+                              "what they see; the residual stream itself may grow without end. Off: states as they "
+                              "are.")
     where = {"masked": scene.hidden, "visible": ~scene.hidden, "all": scene.hidden | True}[role].numpy()
     if not where.any():
         st.info(f"No position is {role} under this mask.", icon=":material/grid_off:")
@@ -63,13 +64,16 @@ def _paths(scene: Scene, pca: xr.Dataset, where: np.ndarray, layer: int | None, 
 def _steps(moves: xr.Dataset, where: np.ndarray, role: str) -> None:
     left, right = st.columns(2, gap="large")
     with left:
-        show.figure(over_loops(moves.step_relative, where, log=True), f"How far the state moves in a loop, relative to its "
+        show.figure(over_loops(moves.step_relative, where, log=True), "How far the state moves in a loop, relative to "
+                                                                      "its "
                     f"size ({moves.step_relative.attrs['definition']}), {role} positions, logarithmic.",
-                    name="step-size", title="Step size", table=lambda: show.table_of(moves[["step_norm", "step_relative"]]))
+                    name="step-size", title="Step size",
+                    table=lambda: show.table_of(moves[["step_norm", "step_relative"]]))
     with right:
         value = moves.step_cosine
         if np.isfinite(value.values[..., where]).any():
-            show.figure(over_loops(value, where, zero=True, limits=(-1.05, 1.05)), "Cosine between a loop's step and the "
+            show.figure(over_loops(value, where, zero=True, limits=(-1.05, 1.05)), "Cosine between a loop's step and "
+                                                                                   "the "
                         "one before it: 1 goes straight on, 0 turns at a right angle, −1 goes back.", name="step-angle",
                         title="Step angle", table=lambda: show.table_of(moves[["step_cosine"]]))
         else:
@@ -87,13 +91,15 @@ def _settling(scene: Scene, moves: xr.Dataset, noised: compute.Rows, layer: int 
         words = "" if factor is None or np.isnan(factor) else f" In the median each loop multiplies it by {factor:.2f}."
         show.figure(distance_grid(distance, scene.task.regions().numpy(), scene.task.region_name,
                                   scene.task.position_names()),
-                    f"Distance of layer {shown}'s state to where {compute.FIXED_POINT_LOOPS} loops take it, relative to its "
+                    f"Distance of layer {shown}'s state to where {compute.FIXED_POINT_LOOPS} loops take it, relative "
+                    "to its "
                     f"size.{words} (At the end the largest remaining step is {last:.1e} of the state's size.)",
                     name="distance", title="Distance to the fixed point", table=lambda: show.table_of(distance))
     with right:
         classes = compute.token_classes(scene.checkpoint, noised, scene.t).token_class.isel(batch=0)
         classes_look = Look(scene.task.grid_shape, scene.task.token_names(), scene.task.position_names())
-        show.figure(class_grid(classes, classes_look), f"Does a position's state settle, cycle or drift? Judged at 32 loops: "
+        show.figure(class_grid(classes, classes_look), "Does a position's state settle, cycle or drift? Judged at 32 "
+                                                       "loops: "
                     f"{classes.attrs['definition']}.", name="classes", title="Converged, cyclic, drifting",
                     table=lambda: show.table_of(classes.rename("token_class")))
 

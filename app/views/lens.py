@@ -64,7 +64,8 @@ def _editor(scene: Scene, look: Look) -> None:
         selection.flip(scene, [point["point_index"] for point in points if point["curve_number"] == 0])
 
     st.plotly_chart(drawn, theme=None, width="content", key=key, on_select=clicked, selection_mode=("points", "box"),
-                    config={"displaylogo": False, "modeBarButtons": [["select2d", "pan2d"]]}, alt="The example with its mask, as a grid of cells to click on")
+                    config={"displaylogo": False, "modeBarButtons": [["select2d", "pan2d"]]},
+                    alt="The example with its mask, as a grid of cells to click on")
     with st.container(horizontal=True, gap="small"):
         for label, hidden in (("Mask all", scene.free), ("Show all", ~scene.free & False),
                               ("Invert", ~scene.hidden & scene.free)):
@@ -89,7 +90,8 @@ def _stages(scene: Scene, look: Look, lens: xr.Dataset) -> None:
     unit = "loop" if scene.n_loops > 1 else "layer"
     show.figure(token_grids(panels, look, columns=5 if len(panels) <= 10 else 7, cell=13 if len(panels) <= 10 else 10),
                 f"The example as the {lens.attrs['kind']} lens fills it in after each {unit}; the share is of masked "
-                "positions that are right, crosses are errors.", name="stages", title=f"What it answers, {unit} by {unit}",
+                "positions that are right, crosses are errors.", name="stages", title=f"What it answers, {unit} by "
+                                                                                      f"{unit}",
                 table=lambda: show.table_of(lens[["prediction", "probability", "nll"]]))
 
 
@@ -104,7 +106,8 @@ def _grid(scene: Scene, look: Look, lens: xr.Dataset, colour: str) -> None:
     show.figure(drawn, f"Every position (down) at every layer of every loop (across). Colour: {COLOURS[colour]}"
                 + (" (blue is better than a uniform guess, red worse)" if colour == "nll" else "") +
                 ". Crosses are wrong predictions; hover a cell for the likeliest tokens. Choose one "
-                f"{scene.task.region_name} to read the tokens in the cells. Visible positions are never trained to answer, "
+                f"{scene.task.region_name} to read the tokens in the cells. Visible positions are never trained to "
+                "answer, "
                 "so they carry no crosses.", name="lens", table=lambda: show.table_of(lens))
 
 
@@ -115,7 +118,8 @@ def _curves(scene: Scene, lens: xr.Dataset, colour: str) -> None:
     region = scene.task.region_name
     drawn = region_curves(lens, colour, scene.task.regions().numpy(), region)
     noise = "all of it" if scene.t == 1 else f"t = {max(scene.t, T_MIN):.2f}"
-    show.figure(drawn, f"The same, averaged over the masked positions of each {region} ({noise} masked): when does a {region} "
+    show.figure(drawn, f"The same, averaged over the masked positions of each {region} ({noise} masked): when does a "
+                       f"{region} "
                 f"become answerable? Definition: {LENSES[lens.attrs['kind']][0]}.", name="lens-regions",
                 title=f"{region.capitalize()} by {region}",
                 table=lambda: show.table_of(lens[[colour]]))

@@ -15,7 +15,8 @@ def main() -> None:
     region = scene.task.region_name
     st.title("Probes: what can be read, and when?", anchor=False)
     st.markdown(f"A linear classifier is trained on the states of one {region} at one layer of one loop, and tested on "
-                "**examples it has not seen**. Beside it stands a **control task** with random answers: *selectivity* is what "
+                "**examples it has not seen**. Beside it stands a **control task** with random answers: *selectivity* "
+                "is what "
                 "is read beyond what such a classifier could memorise.")
     latents = scene.task.latents(scene.batch.tokens)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
@@ -28,11 +29,13 @@ def main() -> None:
                                           bind="query-params", help="A quarter of them are held out for testing.")]
     st.caption(f"*{latent}*: {latents[latent].description}, {latents[latent].n_classes} classes")
     tokens, noised = scene.crowd(size)
-    result = compute.probes_of(scene.checkpoint, compute.rows(noised), compute.rows(tokens), scene.n_loops, scene.t, latent)
+    result = compute.probes_of(scene.checkpoint, compute.rows(noised), compute.rows(tokens), scene.n_loops, scene.t,
+                               latent)
     counts = f"{result.attrs['n_train_examples']} examples trained on, {result.attrs['n_test_examples']} tested"
     what = {"accuracy": "Accuracy on held-out examples", "selectivity": "Accuracy minus accuracy on the control task",
             "control_accuracy": "Accuracy on the control task, which only memorising solves"}[value]
-    show.figure(probe_grid(result, value, region), f"{what}, a probe per {region} (down) and layer of every loop (across); "
+    show.figure(probe_grid(result, value, region), f"{what}, a probe per {region} (down) and layer of every loop "
+                                                   "(across); "
                 f"{counts}. A staircase says that each loop makes another {region} readable.", name="probe-grid",
                 title=f"*{latent}*, {region} by {region}", table=lambda: show.table_of(result))
     show.figure(probe_curves(result, value, region), "The same as curves"

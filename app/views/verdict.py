@@ -5,12 +5,14 @@ Reads what `studies/rerun.py` wrote; computes nothing.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from app import data, show
 from app.figures.style import styled
@@ -49,7 +51,8 @@ def _chosen() -> Results:
     if not found:
         st.title("Do the loops re-run the same stages?", anchor=False)
         st.info(f"No results in `{data.results_folder()}` yet. Make them with `make study` or "
-                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and need none.",
+                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and need "
+                "none.",
                 icon=":material/science:")
         st.stop()
     with st.sidebar:
@@ -67,8 +70,10 @@ def _setting(verdict: dict[str, Any]) -> str:
     setting = verdict.get("setting", {})
     task = setting.get("task", {})
     difficulty = ", ".join(f"{key} {value}" for key, value in task.items() if key != "name")
-    return (f"Task *{task.get('name', '?')}* ({difficulty}), {setting.get('examples', '?')} held-out examples, noise level "
-            f"t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared. Controls: the unlooped deep twin "
+    return (f"Task *{task.get('name', '?')}* ({difficulty}), {setting.get('examples', '?')} held-out examples, noise "
+            "level "
+            f"t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared. Controls: the unlooped deep "
+            "twin "
             "cut into pseudo-loops, and an untrained LoopMDM.")
 
 
@@ -80,9 +85,10 @@ def _evidence(verdict: dict[str, Any]) -> None:
         if chosen:
             with column:
                 show.figure(evidence(chosen, subjects), "Each strip is one measure on its own axis: the LoopMDM beside "
-                            "its controls, with 95% bootstrap intervals over held-out examples. The dotted line is 0, or 1 "
+                            "its controls, with 95% bootstrap intervals over held-out examples. The dotted line is 0, "
+                            "or 1 "
                             "for ratios.", name=f"evidence-{section}", title=section.capitalize(),
-                            table=lambda chosen=chosen: _plain_table(chosen, subjects))
+                            table=partial(_plain_table, chosen, subjects))
     with st.expander("The same as a table, with definitions", icon=":material/table:"):
         shown = pd.DataFrame([{
             "measure": row["measure"], **{name: _interval(row.get(s)) for s, name in subjects.items()},
@@ -97,22 +103,22 @@ def _figures(results: Results) -> None:
     try:
         drawn = rerun_report.figures(results.verdict, results.datasets)
     except KeyError as error:
-        st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it again "
+        st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it "
+                   "again "
                    "with `python studies/rerun.py`.", icon=":material/history:")
         return
-    place = None
+    halves: list[DeltaGenerator] = []   # columns still free beside the last figure
     for i, (title, what, figure) in enumerate(drawn):
         if _only_intervals(figure):   # shown as evidence above
             continue
         wide = len(list(figure.select_xaxes())) > 1 or i == 0
+        if not wide and not halves:
+            halves = list(st.columns(2, gap="large"))
         if wide:
-            place = st.container()
-        elif place is None or not isinstance(place, list):
-            place = list(st.columns(2, gap="large"))
-        with place.pop(0) if isinstance(place, list) else place:
+            halves = []
+        with st.container() if wide else halves.pop(0):
             show.figure(styled(figure, height=int(figure.layout.height or 380)), what, name=f"study-{i}", title=title,
                         table=lambda: _every_number(results))
-        place = place if isinstance(place, list) and place else None
 
 
 def _only_intervals(figure: go.Figure) -> bool:
@@ -130,12 +136,15 @@ def _provenance(results: Results) -> None:
                                icon=":material/description:", on_click="ignore", key="report",
                                help="Verdict, table and figures as one page that needs no network")
         st.download_button("Verdict as JSON", (results.path / "verdict.json").read_bytes, icon=":material/data_object:",
-                           file_name=f"{results.path.name}.json", mime="application/json", on_click="ignore", key="json")
+                           file_name=f"{results.path.name}.json", mime="application/json", on_click="ignore",
+                           key="json")
     if made:
-        st.markdown(f"`{made.get('program', '')}` in {made.get('seconds', 0):.0f} s on {made.get('threads', '?')} threads. "
+        st.markdown(f"`{made.get('program', '')}` in {made.get('seconds', 0):.0f} s on {made.get('threads', '?')} "
+                    "threads. "
                     + ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items()))
         st.dataframe(pd.DataFrame([{"model": name, "sha256 of weights": model["sha256"], "made by": model["command"]}
-                                   for name, model in made.get("models", {}).items()]), hide_index=True, width="stretch")
+                                   for name, model in made.get("models", {}).items()]), hide_index=True,
+                                   width="stretch")
 
 
 def _plain_table(rows: list[dict[str, Any]], subjects: dict[str, str]) -> pd.DataFrame:

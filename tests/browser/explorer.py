@@ -34,7 +34,7 @@ QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component
 
 @contextmanager
 def serve(zoo: Path | None = None, results: Path | None = None, *, wait_s: float = 60) -> Iterator[str]:
-    """Run the explorer on a free port of localhost; yields its address. RuntimeError with its log if it does not start."""
+    """Run the explorer on a free port of localhost; yields its address. RuntimeError with its log if it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -60,7 +60,8 @@ def opened(page: Page, address: str, name: str, query: str = "") -> Page:
 def healthy(page: Page) -> Page:
     settled(page)
     for sign in ("stException", "stAlertContentError"):
-        assert page.locator(f"[data-testid={sign}]").count() == 0, page.locator(f"[data-testid={sign}]").all_inner_texts()
+        shown = page.locator(f"[data-testid={sign}]")
+        assert shown.count() == 0, shown.all_inner_texts()
     return page
 
 

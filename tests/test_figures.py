@@ -1,0 +1,219 @@
+"""Figures as functions of data: what is drawn is what was measured, and every axis says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+import xarray as xr
+
+from app.figures.attention import flow_curves, pattern_maps, summary_curves
+from app.figures.denoise import confidence_grid, step_costs
+from app.figures.dynamics import class_grid, distance_grid, over_loops, trajectories
+from app.figures.grids import Look, Panel, mask_editor, token_grids, value_grids
+from app.figures.lens import COLOURS, lens_grid, region_curves
+from app.figures.probes import VALUES, probe_curves, probe_grid
+from app.figures.style import depth_axis, depth_names, ramp
+from app.figures.verdict import evidence
+from hooks.diffusion import SamplerConfig, sample
+from probes import (
+    attention_summary,
+    classify_tokens,
+    dynamics,
+    fixed_point,
+    patterns,
+    probe_latent,
+    read_lens,
+    trajectory_pca,
+)
+from tests.small import MASK, small_model, small_tokens
+
+N_LOOPS, REGIONS = 3, np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
+LOOK = Look((3, 3), [*"abcdef", "■"], [f"cell {i}" for i in range(9)])
+BINARY = Look((3, 3), ["0", "1", "■"], [f"cell {i}" for i in range(9)])
+
+
+@pytest.fixture(scope="module")
+def noised() -> torch.Tensor:
+    return small_tokens()
+
+
+@pytest.fixture(scope="module")
+def clean(noised: torch.Tensor) -> torch.Tensor:
+    return torch.where(noised == MASK, 2, noised)
+
+
+@pytest.fixture(scope="module")
+def lens(noised: torch.Tensor, clean: torch.Tensor) -> xr.Dataset:
+    return read_lens(small_model(), noised, n_loops=N_LOOPS, kind="coda", targets=clean, top_k=3).isel(batch=0)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("positions", [list(range(9)), [3, 4]])
+def test_the_lens_grid_shows_the_lens(lens: xr.Dataset, clean: torch.Tensor, noised: torch.Tensor, colour: str,
+                                      positions: list[int]) -> None:
+    tokens = clean[0].numpy()
+    figure = lens_grid(lens, colour, LOOK, tokens=tokens, positions=positions, region_name="row", regions=REGIONS)
+    heat, crosses = figure.data[:2]
+    np.testing.assert_array_equal(heat.z, lens[colour].values.T[positions])
+    assert heat.text[0][0] == LOOK.token_names[int(lens.prediction.values[0, positions[0]])]
+    expected = {(d, i) for i, p in enumerate(positions) for d in range(lens.sizes["depth"])
+                if noised[0, p] == MASK and lens.prediction.values[d, p] != tokens[p]}
+    assert set(zip(crosses.x, crosses.y, strict=True)) == expected
+    assert f"cell {positions[0]}" in heat.customdata[0][0]
+    assert figure.layout.xaxis.title.text == "layer"
+    if colour == "nll":
+        assert heat.zmid == pytest.approx(np.log(6))   # white is a uniform guess among six tokens
+
+
+def test_region_curves_average_masked_positions(lens: xr.Dataset) -> None:
+    figure = region_curves(lens, "nll", REGIONS, "row")
+    masked = lens.masked.values
+    shown = {trace.name: trace.y for trace in figure.data}
+    assert set(shown) == {f"row {r}" for r in np.unique(REGIONS[masked])}
+    for r in np.unique(REGIONS[masked]):
+        np.testing.assert_allclose(shown[f"row {r}"], lens.nll.values[:, masked & (r == REGIONS)].mean(1))
+    assert "[nat]" in figure.layout.yaxis.title.text
+
+
+@pytest.mark.parametrize("look", [LOOK, BINARY])
+def test_token_grids_draw_tokens_and_cross_what_is_wrong(look: Look) -> None:
+    tokens = np.array([0, 1, look.mask, 0, 1, 0, 1, 1, 0])
+    wrong = np.zeros(9, dtype=bool)
+    wrong[[1, 5]] = True
+    figure = token_grids([Panel("a", tokens, wrong=wrong), Panel("b", tokens)], look, columns=2)
+    heats = [trace for trace in figure.data if trace.type == "heatmap"]
+    assert len(heats) == 2
+    assert [name for row in heats[0].text for name in row] == [look.token_names[t] for t in tokens]
+    cross = next(trace for trace in figure.data if trace.name == "wrong" and trace.x[0] is not None)
+    assert set(zip(cross.x, cross.y, strict=True)) == {(1, 0), (2, 1)}
+    assert [note.text for note in figure.layout.annotations] == ["a", "b"]
+
+
+def test_the_board_has_one_point_per_position_in_order() -> None:
+    free = np.array([False] * 3 + [True] * 6)
+    hidden = np.array([False] * 5 + [True] * 4)
+    figure = mask_editor(np.array([0, 1, 0] * 3), hidden, free, BINARY)
+    board = figure.data[0]
+    assert list(zip(board.y, board.x, strict=True)) == [divmod(i, 3) for i in range(9)]
+    says = [state for _, state, _ in board.customdata]
+    assert says[0].startswith("given")
+    assert "click to mask" in says[3]
+    assert "click to show" in says[8]
+    assert len({board.marker.color[i] for i in (5, 6, 7, 8)}) == 1
+
+
+def test_value_grids_share_one_scale() -> None:
+    values = [np.arange(9) / 36, np.arange(9)[::-1] / 36]
+    figure = value_grids(values, ["x", "y"], LOOK, bar="attention", zmax=0.25, marked=4)
+    heats = [trace for trace in figure.data if trace.type == "heatmap"]
+    np.testing.assert_array_equal([trace.z for trace in heats], [v.reshape(3, 3) for v in values])
+    assert {trace.coloraxis for trace in heats} == {"coloraxis"}
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 0.25)
+
+
+def test_trajectories_follow_each_position(noised: torch.Tensor) -> None:
+    model = small_model()
+    _, rec = model.run_with_cache(noised, N_LOOPS, names_filter="blocks.*.hook_resid_post")
+    pca = trajectory_pca(rec.residual_stream()).isel(batch=0)
+    figure = trajectories(pca, REGIONS, "row", positions=[0, 4], layer=2, components=(0, 2))
+    path = next(trace for trace in figure.data if trace.name == "row 1" and trace.mode == "lines+markers")
+    depths = np.nonzero(pca.layer.values == 2)[0]
+    np.testing.assert_allclose(path.x[:-1], pca.coordinates.values[depths, 4, 0])
+    np.testing.assert_allclose(path.y[:-1], pca.coordinates.values[depths, 4, 2])
+    assert "principal component 3" in figure.layout.yaxis.title.text
+    every = trajectories(pca, REGIONS, "row", positions=[4], layer=None)
+    assert len(every.data[0].x) == pca.sizes["depth"] + 1
+
+
+def test_curves_over_loops_are_medians_of_the_chosen_positions(noised: torch.Tensor) -> None:
+    model = small_model()
+    _, rec = model.run_with_cache(noised, 6, names_filter="blocks.*.hook_resid_post")
+    moves = dynamics(rec.residual_stream(), rec.topology, fixed_point=fixed_point(model, noised)).isel(batch=0)
+    where = np.array([True, False, True] * 3)
+    figure = over_loops(moves.step_relative, where, log=True)
+    line = next(trace for trace in figure.data if trace.name == "layer 2, median")
+    np.testing.assert_allclose(line.y, np.median(moves.step_relative.sel(layer=2).values[1:, where], axis=1))
+    assert list(line.x) == [1, 2, 3, 4, 5]
+    grid = distance_grid(moves.distance_to_fixed_point.sel(layer=2), REGIONS, "row", list(LOOK.position_names))
+    np.testing.assert_allclose(10 ** grid.data[0].z.T, moves.distance_to_fixed_point.sel(layer=2), rtol=1e-6)
+
+
+def test_classes_are_drawn_by_name(noised: torch.Tensor) -> None:
+    model = small_model()
+    _, rec = model.run_with_cache(noised, 8, names_filter="blocks.*.hook_resid_post")
+    classes = classify_tokens(rec.residual_stream(), rec.topology).token_class.isel(batch=0)
+    figure = class_grid(classes, LOOK)
+    names = classes.attrs["flag_meanings"].split()
+    assert [cell for row in figure.data[0].text for cell in row] == [names[c] for c in classes.values[0]]
+
+
+def test_attention_figures(noised: torch.Tensor) -> None:
+    model = small_model()
+    pattern = patterns(model, noised, n_loops=N_LOOPS).isel(batch=0)
+    figure = pattern_maps(pattern.values[0], ["head 0", "head 1"], REGIONS, "row", names=LOOK.position_names)
+    np.testing.assert_allclose(figure.data[1].z, pattern.values[0, 1], atol=1e-4)
+    summary = attention_summary(model, noised, n_loops=N_LOOPS)
+    flow = flow_curves(summary, "masked", "visible", over_chance=False)
+    np.testing.assert_allclose(flow.data[1].y, summary.flow.sel(query_role="masked", key_role="visible").values[:, 1])
+    np.testing.assert_allclose(flow.data[-1].y, np.mean([trace.y for trace in flow.data[:-1]], axis=0))
+    assert "nat" in summary_curves(summary.entropy).layout.yaxis.title.text
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_probe_figures(value: str) -> None:
+    tokens = small_tokens(batch=40)
+    labels = (tokens * 7 + torch.arange(9)) % 2
+    result = probe_latent(small_model(), tokens, labels, 2, n_loops=N_LOOPS, groups=torch.from_numpy(REGIONS))
+    grid = probe_grid(result, value, "row")
+    np.testing.assert_allclose(grid.data[0].z, result[value].values.T)
+    curves = probe_curves(result, value, "row")
+    np.testing.assert_allclose(curves.data[2].y, result[value].values[:, 2])
+    if value != "control_accuracy":
+        high = np.asarray(curves.data[0].y) + curves.data[0].error_y.array
+        np.testing.assert_allclose(high, result[f"{value}_high"].values[:, 0], atol=1e-6)
+
+
+def test_sampler_figures(noised: torch.Tensor) -> None:
+    steps = sample(small_model(), noised[:1], SamplerConfig(n_steps=3, n_loops=2))
+    names = ("before", "after", "predicted", "probability", "loops_used", "revealed")
+    trace = [{name: getattr(step, name).numpy() for name in names} for step in steps]
+    costs = step_costs(trace, {"revealed": np.array([0.2, 0.5, 1]), "right": np.array([0.1, 0.3, 0.6])}, current=1,
+                       bound=2)
+    assert list(costs.data[0].y) == [2, 2, 2]
+    grid = confidence_grid(trace, REGIONS, "row", LOOK.position_names, n_tokens=MASK, current=0)
+    visible = (noised[0] != MASK).numpy()
+    assert np.isnan(grid.data[0].z[visible]).all()
+    np.testing.assert_allclose(grid.data[0].z[~visible, 0], trace[0]["probability"][0][~visible])
+    assert len(grid.data[1].x) == (~visible).sum()
+
+
+def test_evidence_draws_every_interval() -> None:
+    table = [{"measure": "ratio same / different", "loop": {"value": 0.5, "low": 0.4, "high": 0.7},
+              "control": {"value": 1.0, "low": 0.9, "high": 1.1}},
+             {"measure": "gain", "loop": {"value": 0.2, "low": 0.1, "high": 0.3}}]
+    figure = evidence(table, {"loop": "LoopMDM", "control": "deep twin"})
+    assert [trace.x[0] for trace in figure.data] == [0.5, 1.0, 0.2]
+    assert figure.data[0].error_x.array[0] == pytest.approx(0.2)
+    assert figure.data[0].error_x.arrayminus[0] == pytest.approx(0.1)
+    assert [trace.showlegend for trace in figure.data] == [True, True, False]
+    assert [note.text for note in figure.layout.annotations[:2]] == ["ratio same / different", "gain"]
+
+
+def test_depths_are_named_by_layer_and_loop() -> None:
+    layer, loop = [0, 1, 2, 1, 2, 3], [-1, 0, 0, 1, 1, -1]
+    assert depth_names(layer, loop) == ["layer 0 (head)", "layer 1, loop 0", "layer 2, loop 0", "layer 1, loop 1",
+                                        "layer 2, loop 1", "layer 3 (tail)"]
+    figure = depth_axis(go.Figure(), layer, loop)
+    assert list(figure.layout.xaxis.ticktext) == [str(k) for k in layer]
+    assert [note.text for note in figure.layout.annotations] == ["head", "loop 0", "loop 1", "tail"]
+    assert [shape.x0 for shape in figure.layout.shapes] == [0.5, 2.5, 4.5]
+
+
+@pytest.mark.parametrize("make", [lambda: ramp(1), lambda: ramp(8)])
+def test_lines_of_a_ramp_differ(make: Callable[[], list[str]]) -> None:
+    colours = make()
+    assert len(set(colours)) == len(colours)
