@@ -2,7 +2,8 @@
 
 Everything random at step n (examples, noise levels, masks, loop count) comes from a
 generator seeded by (seed, n), so that a run killed at any moment and resumed from its last
-checkpoint ends in the same weights, bit for bit, as one that was never interrupted.
+checkpoint ends in the same weights, bit for bit, as one that was never interrupted (on the
+same machine with the same number of threads: sums depend on how they are shared out).
 
     result = train(TrainConfig(task=Automaton(), kind="loop", budget_flops=1e13, out="runs/a"))
 """
