@@ -89,8 +89,9 @@ def examples(checkpoint: Checkpoint, n: int = N_EXAMPLES, seed: int = EXAMPLE_SE
 
 
 def studies_run() -> list[str]:
-    """Names of the results folders that hold a verdict."""
-    return sorted(path.parent.name for path in results_folder().glob("*/verdict.json"))
+    """Names of the results folders that hold a verdict, those on the headline question first."""
+    found = (path.parent.name for path in results_folder().glob("*/verdict.json"))
+    return sorted(found, key=lambda name: (not name.startswith("rerun"), name))
 
 
 def load_results(name: str) -> Results:

@@ -46,9 +46,9 @@ def main() -> None:
 def _region(scene: Scene) -> int | None:
     name = scene.task.region_name
     numbers = [int(r) for r in scene.task.regions().unique()]
-    choice = st.selectbox("Positions", [f"all {name}s", *(f"{name} {r}" for r in numbers)], key="positions",
+    choice = st.selectbox("Positions", [f"every {name}", *(f"{name} {r}" for r in numbers)], key="positions",
                           bind="query-params", width=180, label_visibility="collapsed")
-    return None if str(choice).startswith("all") else int(str(choice).split()[-1])
+    return None if str(choice).startswith("every") else int(str(choice).split()[-1])
 
 
 def _editor(scene: Scene, look: Look) -> None:

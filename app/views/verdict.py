@@ -1,6 +1,6 @@
-"""Verdict: the answer to the headline question, its evidence, its controls.
+"""Verdict: the answer to the headline question, its evidence, its controls; and the paper's claims, judged.
 
-Reads what `studies/rerun.py` wrote; computes nothing.
+Reads what `studies/rerun.py` and `studies/compute.py` wrote; computes nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the cont
 def main() -> None:
     results = _chosen()
     verdict = results.verdict
+    if "claims" in verdict:
+        _claims(results)
+        return
+    if missing := {"question", "operation", "content", "subjects", "table"} - set(verdict):
+        st.error(f"The verdict in `{results.path}` lacks {', '.join(sorted(missing))}: it was made by another version. "
+                 "Make it again with `python studies/rerun.py`.", icon=":material/history:")
+        return
     st.title(str(verdict["question"]), anchor=False)
     if conclusion := verdict.get("conclusion"):
         words = str(conclusion).removeprefix("So ")
@@ -121,6 +128,28 @@ def _figures(results: Results) -> None:
                         table=lambda: _every_number(results))
 
 
+def _claims(results: Results) -> None:
+    """The paper's claims on one group of models: judged, with estimates, and a picture of each."""
+    verdict = results.verdict
+    st.title("Do the paper's claims hold here?", anchor=False)
+    st.caption(f"{verdict.get('task', '')}: claims of arXiv 2605.26106, tested again on "
+               f"{len(verdict.get('entries', []))} models of the zoo; seeds {verdict.get('seeds', '?')}.")
+    for letter, judged in verdict["claims"].items():
+        with st.container(border=True):
+            colour = {"holds here": "green", "does not hold here": "orange"}.get(judged["word"], "gray")
+            st.markdown(f"**({letter})** {judged['claim']} :{colour}-badge[{judged['word']}]")
+            if note := judged.get("note") or judged.get("missing"):
+                st.caption(note)
+            if judged.get("quantities"):
+                st.dataframe(pd.DataFrame([{"quantity": q["label"], "estimate": _interval(q), "over": q["over"],
+                                            "judged": q["word"]} for q in judged["quantities"]]),
+                             hide_index=True, width="stretch")
+            picture = results.path / f"{letter}.svg"
+            if picture.exists():
+                st.image(str(picture), width=760)
+    _provenance(results)
+
+
 def _only_intervals(figure: go.Figure) -> bool:
     """Is this one of the report's figures of values from the table?"""
     return all(trace.type == "scatter" and trace.error_x.array is not None for trace in figure.data)
@@ -139,8 +168,8 @@ def _provenance(results: Results) -> None:
                            file_name=f"{results.path.name}.json", mime="application/json", on_click="ignore",
                            key="json")
     if made:
-        st.markdown(f"`{made.get('program', '')}` in {made.get('seconds', 0):.0f} s on {made.get('threads', '?')} "
-                    "threads. "
+        seconds = float(made.get("seconds", 0))
+        st.markdown(f"`{made.get('program', '')}` in {seconds:.0f} s on {made.get('threads', '?')} threads. "
                     + ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items()))
         st.dataframe(pd.DataFrame([{"model": name, "sha256 of weights": model["sha256"], "made by": model["command"]}
                                    for name, model in made.get("models", {}).items()]), hide_index=True,
