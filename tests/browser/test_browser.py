@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def drawn(page: Page) -> list[str]:
         .map(plot => JSON.stringify(plot.data))""")
 
 
+def redrawn(page: Page, before: list[str], *, timeout_s: float = 30) -> list[str]:
+    """What the charts show once they differ from ``before``; a control may take a moment to reach the server."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        healthy(page)
+        if (now := drawn(page)) != before:
+            return now
+        page.wait_for_timeout(100)
+    raise AssertionError(f"the charts did not change within {timeout_s} s of using a control at {page.url}")
+
+
 def press(page: Page, label: str, key: str, times: int = 1) -> None:
     """Move a slider by its keyboard."""
     thumb = page.locator(".st-key-" + label).get_by_role("slider")
@@ -105,22 +117,17 @@ def test_model_loops_and_mask_change_the_figures(page: Page, address: str, name:
     before = drawn(page)
 
     press(page, "loops", "ArrowRight", times=2)
-    healthy(page)
-    more_loops = drawn(page)
-    assert more_loops != before
-    assert "loops=5" in page.url
+    page.wait_for_url(re.compile("loops=5"))
+    more_loops = redrawn(page, before)
 
     page.locator(".st-key-model").get_by_role("combobox").click()
     page.get_by_role("option", name="automaton-deep").click()
-    healthy(page)
-    other_model = drawn(page)
-    assert other_model != more_loops
-    assert "model=automaton-deep" in page.url
+    page.wait_for_url(re.compile("model=automaton-deep"))
+    other_model = redrawn(page, more_loops)
 
     press(page, "t", "ArrowLeft", times=8)
-    healthy(page)
-    assert drawn(page) != other_model
-    assert "t=0.6" in page.url
+    page.wait_for_url(re.compile(r"t=0\.6"))
+    redrawn(page, other_model)
 
 
 def test_a_link_to_any_page_works_before_the_first_page_was_opened(page: Page, tmp_path: Path) -> None:
