@@ -67,6 +67,18 @@ def rotate(x: Float[Tensor, "batch pos head d_head"], rotary: Rotary) -> Float[T
     return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
+def attend(q: Float[Tensor, "batch head pos d_head"], k: Float[Tensor, "batch head pos d_head"],
+           v: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:
+    """softmax(q kᵀ / √d_head) v, by the fused kernel.
+
+    Under autocast on a CPU it stays in float32: in bfloat16 torch's kernel takes six times as long there.
+    """
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Bidirectional multi-head attention without biases.
 
@@ -100,8 +112,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, pos, 3, self.n_heads, self.d_head).unbind(2)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if self.qk_norm:
-            q = F.rms_norm(q, (self.d_head,), self.q_norm, self.eps)
-            k = F.rms_norm(k, (self.d_head,), self.k_norm, self.eps)
+            q = F.rms_norm(q.to(self.q_norm.dtype), (self.d_head,), self.q_norm, self.eps)  # autocast halves q and k
+            k = F.rms_norm(k.to(self.k_norm.dtype), (self.d_head,), self.k_norm, self.eps)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k = self.hook_rot_q(q).transpose(1, 2), self.hook_rot_k(k).transpose(1, 2)
@@ -110,7 +122,7 @@ class Attention(nn.Module):
             scores = self.hook_attn_scores(q @ k.transpose(-1, -2) / math.sqrt(self.d_head))
             z = self.hook_pattern(scores.softmax(-1)) @ v
         else:
-            z = F.scaled_dot_product_attention(q, k, v)
+            z = attend(q, k, v)
         z = self.hook_z(z.transpose(1, 2))
         if self.hook_result.entries and self.hook_result.wanted():
             heads = self.out.weight.view(-1, self.n_heads, self.d_head)

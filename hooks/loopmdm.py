@@ -300,8 +300,12 @@ class LoopMDM(nn.Module):
     def tail(self, x: Float[Tensor, "batch pos d_model"],
              condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
         """The layers after the loop, and the unembedding."""
-        x = self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition)
-        return self.unembed(x, condition)
+        return self.unembed(self.tail_layers(x, condition), condition)
+
+    def tail_layers(self, x: Float[Tensor, "batch pos d_model"],
+                    condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """The layers after the loop alone."""
+        return self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition)
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"],
                 condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:

@@ -4,16 +4,22 @@ A preset fixes the task's difficulty, what differs from the task's default model
 length of the LoopMDM's run in steps; the FLOPs that follow are the budget of all three kinds.
 
     config = PRESETS["automaton"].train_config(kind="twin", seed=1)
+
+All of them multiply matrices in bfloat16 and compile their blocks, which halves the time on a CPU that has the
+instructions; ``--precision fp32 --no-compile`` does without.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from studies.flops import mean_loops, training_flops
 from studies.tasks import Arithmetic, Automaton, Pointer, Sudoku, Task, Text
 from studies.training import Kind, TrainConfig
+
+
+FAST: dict[str, Any] = {"precision": "bf16", "compile": True}
 
 
 @dataclass(frozen=True)
@@ -23,29 +29,61 @@ class Preset:
     task: Task
     steps: int                        # of the LoopMDM; its mean cost is everyone's budget
     minutes: str                      # on one CPU core, measured
+    kinds: tuple[Kind, ...] = ("loop", "twin", "deep")  # what is trained unless told otherwise
     variant: str = ""                 # last part of the zoo folder's name
+    budget_flops: float | None = None  # instead of what ``steps`` steps of this model cost
     model: dict[str, Any] = field(default_factory=dict)   # LoopMDMConfig fields beside the task's defaults
     train: dict[str, Any] = field(default_factory=dict)   # TrainConfig fields beside the defaults
 
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
         """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count."""
-        base = TrainConfig(task=self.task, model=self.model, **self.train)
+        recipe = {**FAST, **self.train, **overrides}
+        steps = recipe.pop("steps", None) or self.steps
+        base = TrainConfig(task=self.task, model=self.model, **recipe)
         model = base.model_config()
         per_example = training_flops(model, seq_len=self.task.seq_len, n_loops=mean_loops(model))
-        budget = overrides.pop("steps", None) or self.steps
-        return TrainConfig(task=self.task, model=self.model, kind=kind, seed=seed,
-                           budget_flops=budget * base.batch_size * per_example, **{**self.train, **overrides})
+        return replace(base, kind=kind, seed=seed, budget_flops=self.budget_flops if self.budget_flops is not None and steps == self.steps
+                       else steps * base.batch_size * per_example)
+
+
+_AUTOMATON = Automaton(rule=30, width=12, rows=8)
+_SIX = {"n_head_layers": 1, "n_loop_layers": 2, "n_tail_layers": 3}
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "base": _SIX,                                                                      # layers 1 and 2 of six
+    "one": {"n_head_layers": 1, "n_loop_layers": 1, "n_tail_layers": 4},               # n_m
+    "four": {"n_head_layers": 1, "n_loop_layers": 4, "n_tail_layers": 1},
+    "first": {"n_head_layers": 0, "n_loop_layers": 2, "n_tail_layers": 4},             # placement
+    "middle": {"n_head_layers": 2, "n_loop_layers": 2, "n_tail_layers": 2},
+    "last": {"n_head_layers": 4, "n_loop_layers": 2, "n_tail_layers": 0},
+    "all": {"n_head_layers": 0, "n_loop_layers": 6, "n_tail_layers": 0},
+    "injection": {**_SIX, "input_injection": "add"},
+    "layernorm": {**_SIX, "norm": "layer"},
+    "no-qk-norm": {**_SIX, "qk_norm": False},
+    "loop-embedding": {**_SIX, "loop_embedding": "learned"},
+    "smax4": {**_SIX, "max_loops": 4},
+    "smax16": {**_SIX, "max_loops": 16},
+}
+"""What may decide whether loops settle into cycles (2604.11791): one change each of a LoopMDM of six layers on the
+automaton. All spend the FLOPs of the base's steps."""
+
+
+def _ablation(change: dict[str, Any], name: str) -> Preset:
+    base = Preset(_AUTOMATON, steps=1300, minutes="3", model=_SIX)
+    return Preset(_AUTOMATON, steps=1300, minutes="3", kinds=("loop",), variant=f"ablation-{name}", model=change,
+                  budget_flops=base.train_config("loop", 0).budget_flops)
 
 
 PRESETS: dict[str, Preset] = {
-    "automaton": Preset(Automaton(rule=30, width=12, rows=8), steps=2400, minutes="10 per kind"),
-    "sudoku6": Preset(Sudoku(size=6), steps=3000, minutes="16 per kind", variant="6x6"),
+    "automaton": Preset(_AUTOMATON, steps=2400, minutes="5 per kind"),
+    "sudoku6": Preset(Sudoku(size=6), steps=5000, minutes="4 per kind", variant="6x6"),
     "sudoku9": Preset(Sudoku(size=9), steps=60_000, minutes="for a GPU; days", variant="9x9",
                       model={"d_model": 128, "d_mlp": 512, "max_loops": 16},
                       train={"batch_size": 128, "lr": 1e-3, "loss_on": "every"}),
     "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, minutes="not yet trained; about 15 per kind"),
     "pointer": Preset(Pointer(keys=8, hops=6, min_keys=2, min_hops=1), steps=20_000, minutes="not yet trained; hours",
                       model={"d_model": 128, "d_mlp": 512}, train={"batch_size": 64, "lr": 1e-3}),
-    "text": Preset(Text(length=128, vocab=2048), steps=40_000, minutes="for a GPU; hours",
+    "text": Preset(Text(length=64, vocab=2048), steps=4000, minutes="25 per kind", kinds=("loop", "twin"),
                    train={"batch_size": 64, "lr": 1e-3}),
+    **{f"ablation-{name}": _ablation(change, name) for name, change in ABLATIONS.items()},
 }

@@ -20,6 +20,7 @@ import tyro
 
 from studies.presets import PRESETS
 from studies.training import Kind, train
+from studies.training_step import Precision
 from studies.zoo import ZOO, export
 
 
@@ -29,8 +30,8 @@ class Pretrain:
 
     preset: str = "automaton"
     """Which task and recipe; --list shows them."""
-    kinds: tuple[Kind, ...] = ("loop", "twin", "deep")
-    """Which of the triplet."""
+    kinds: tuple[Kind, ...] | None = None
+    """Which of the triplet; by default all that the preset has."""
     seeds: tuple[int, ...] = (0,)
     """One run per seed. Seed 0 is the bundled one; others get the variant s<seed>."""
     steps: int | None = None
@@ -45,6 +46,10 @@ class Pretrain:
     """cpu or cuda."""
     threads: int | None = None
     """CPU threads; two runs of one thread each are faster than one of two."""
+    precision: Precision | None = None
+    """fp32 or bf16 matrix products; the preset's (bf16) by default."""
+    compile: bool | None = None
+    """torch.compile the blocks, which needs a C++ compiler on a CPU; the preset's (yes) by default."""
     list: bool = False
     """List tasks and presets, and stop."""
 
@@ -63,9 +68,10 @@ def main(args: Pretrain) -> int:
     preset = PRESETS[args.preset]
     deadline = None if args.time_budget_min is None else time.monotonic() + 60 * args.time_budget_min
     for seed in args.seeds:
-        for kind in args.kinds:
+        for kind in args.kinds or preset.kinds:
             left = None if deadline is None else max(1.0, deadline - time.monotonic())
-            overrides = {} if args.steps is None else {"steps": args.steps}
+            chosen = {"steps": args.steps, "precision": args.precision, "compile": args.compile}
+            overrides = {key: value for key, value in chosen.items() if value is not None}
             variant = "-".join(filter(None, (preset.variant, f"s{seed}" if seed else "")))
             name = "-".join(filter(None, (preset.task.name, kind, variant)))
             config = preset.train_config(kind, seed, time_budget_s=left, out=str(args.runs / name),
@@ -74,8 +80,9 @@ def main(args: Pretrain) -> int:
             if not result.finished:
                 print(f"{name}: stopped by the time budget at step {result.step}; give the command again to go on.")
                 return 3
-            command = f"python studies/pretrain.py --preset {args.preset} --kinds {kind} --seeds {seed}" + (
-                f" --steps {args.steps}" if args.steps else "")
+            command = f"python studies/pretrain.py --preset {args.preset} --kinds {kind} --seeds {seed}" + "".join(
+                f" --{key} {value}" if key != "compile" else f" --{'' if value else 'no-'}compile"
+                for key, value in overrides.items())
             folder = export(config, result, variant=variant, zoo=args.zoo, command=command)
             print(f"{name}: {result.step} steps, {result.flops:.3g} FLOPs, {result.seconds:.0f} s → {folder}")
     return 0

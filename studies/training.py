@@ -1,4 +1,4 @@
-"""The training loop: one model, one seed, a budget of FLOPs, exact resume.
+"""The training loop: one model, one seed, a budget of FLOPs, exact resume (the gradient: `training_step`).
 
 Everything random at step n (examples, noise levels, masks, loop count) comes from a
 generator seeded by (seed, n), so that a run killed at any moment and resumed from its last
@@ -15,18 +15,18 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.diffusion import antithetic_t, corrupt, nelbo
 from studies.flops import mean_loops, training_flops
 from studies.tasks import Automaton, Task
+from studies.training_step import LossOn, Precision, Share, TrainingStep, join
 
 Kind = Literal["loop", "twin", "deep"]
 
@@ -41,18 +41,32 @@ class TrainConfig:
     seed: int = 0
     budget_flops: float = 3e13       # training FLOPs, counted by studies.flops; equal over a triplet
     batch_size: int = 32
-    lr: float = 2e-3                 # peak; cosine to a tenth of it over the budget
+    micro_batches: int = 1           # parts of a batch whose gradients are summed, to fit in memory
+    loops_drawn: Literal["uniform", "equal_flops"] = "uniform"  # S ~ U{1..S_max} (2605.26106), or each S as often
+    #                                  as gives every S the same share of the FLOPs
+    lr: float = 2e-3                 # peak
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, to a tenth of lr over the budget
     warmup_steps: int = 200
     weight_decay: float = 0.01       # on matrices only
     ema_decay: float = 0.999         # of the weights that are evaluated and saved
     grad_clip: float = 1.0
-    loss_on: Literal["last", "every"] = "last"  # the last loop's output, or every loop's, weighted by loop
+    loss_on: LossOn = "last"         # the last loop's output, or every loop's, weighted by loop
+    precision: Precision = "fp32"    # of matrix products; weights, sums and the residual stream stay in float32
+    compile: bool = False            # torch.compile the blocks; needs a C++ compiler on a CPU
     eval_every: int = 250            # steps between evaluations and checkpoints
     eval_examples: int = 256
     time_budget_s: float | None = None  # stop, with a checkpoint, after so many seconds of this call
     out: str = "runs/run"            # folder of checkpoint and metrics
     device: str = "cpu"
     threads: int | None = None       # torch's intra-op threads on CPU; None leaves them
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}.")
+        for name, allowed in (("loops_drawn", ("uniform", "equal_flops")), ("loss_on", ("last", "every")),
+                              ("schedule", ("cosine", "linear", "constant")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
 
     def model_config(self) -> LoopMDMConfig:
         """The architecture of this kind: the looped one, or its unlooped twin or deep twin."""
@@ -85,11 +99,12 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = _Run(config)
+    share = join()
+    run = _Run(config, share)
     if resume:
         run.restore()
     began, seconds_before = time.monotonic(), run.seconds
-    bar = tqdm(total=1.0, initial=min(run.flops / config.budget_flops, 1), disable=not progress,
+    bar = tqdm(total=1.0, initial=min(run.flops / config.budget_flops, 1), disable=not (progress and share.leads),
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
     while run.flops < config.budget_flops:
         before = run.flops
@@ -103,7 +118,8 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
             run.save()
             if on_eval is not None:
                 on_eval(run.metrics[-1])
-        if config.time_budget_s is not None and time.monotonic() - began > config.time_budget_s and not finished:
+        expired = config.time_budget_s is not None and time.monotonic() - began > config.time_budget_s
+        if not finished and config.time_budget_s is not None and share.led(expired):
             run.save()
             break
     bar.close()
@@ -111,14 +127,27 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
                        run.step * config.batch_size * config.task.seq_len, run.metrics)
 
 
+def loop_weights(model: LoopMDMConfig, seq_len: int, drawn: str) -> torch.Tensor:
+    """Relative frequency of S = 1 … S_max in training, [loop]: uniform, or in inverse proportion to its FLOPs."""
+    if drawn == "uniform":
+        return torch.ones(model.max_loops)
+    return 1 / torch.tensor([training_flops(model, seq_len=seq_len, n_loops=s) for s in range(1, model.max_loops + 1)])
+
+
 class _Run:
     """The mutable state of a run: weights, their average, the optimiser, and the counters."""
 
-    def __init__(self, config: TrainConfig):
-        self.config, self.task = config, config.task
+    def __init__(self, config: TrainConfig, share: Share):
+        self.config, self.task, self.share = config, config.task, share
+        if config.batch_size % (config.micro_batches * share.count):
+            raise ValueError(f"a batch of {config.batch_size} cannot be shared among {share.count} processes of "
+                             f"{config.micro_batches} micro-batches each: change batch_size or micro_batches.")
         torch.manual_seed(config.seed)
         self.model = HookedLoopMDM(config.model_config()).to(config.device)
         self.model.train()
+        self.gradient = TrainingStep(self.model, precision=config.precision, compile=config.compile,
+                                     loss_on=config.loss_on, micro_batches=config.micro_batches, share=share)
+        self.loop_weights = loop_weights(self.model.config, self.task.seq_len, config.loops_drawn)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
@@ -136,14 +165,12 @@ class _Run:
         batch = task.sample(config.batch_size, seed=config.seed * 1_000_003 + self.step)
         t = antithetic_t(config.batch_size, generator=generator)
         noised = corrupt(batch.tokens, t, task.mask_token_id, free=batch.free, generator=generator)
-        n_loops = int(torch.randint(1, self.model.config.max_loops + 1, (), generator=generator))
-        tokens, free, noised, t = (x.to(config.device) for x in (batch.tokens, batch.free, noised, t))
+        n_loops = 1 + int(torch.multinomial(self.loop_weights, 1, generator=generator))
         lr = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._loss(tokens, free, noised, t, n_loops)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.gradient.backward(batch, noised, t, n_loops)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
@@ -151,26 +178,14 @@ class _Run:
             torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1 - decay)
         self.step += 1
         self.flops += config.batch_size * training_flops(self.model.config, seq_len=task.seq_len, n_loops=n_loops)
-        return float(loss.detach())
-
-    def _loss(self, tokens: Tensor, free: Tensor, noised: Tensor, t: Tensor, n_loops: int) -> Tensor:
-        mask = self.task.mask_token_id
-        if self.config.loss_on == "last":
-            return nelbo(self.model(noised, n_loops, t=t), tokens, noised, t, mask, free=free)
-        condition = self.model.condition(noised, t)
-        embedded = self.model.embed_tokens(noised)
-        x = self.model.head(embedded, condition)
-        total = torch.zeros((), device=tokens.device)
-        for k in range(n_loops):
-            x = self.model.loop(x, k, embedded, condition)
-            total = total + (k + 1) * nelbo(self.model.tail(x, condition), tokens, noised, t, mask, free=free)
-        return total / (n_loops * (n_loops + 1) / 2)
+        return loss
 
     def _learning_rate(self) -> float:
         config = self.config
         warm = min(1.0, (self.step + 1) / config.warmup_steps)
         done = min(1.0, self.flops / config.budget_flops)
-        return config.lr * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+        return config.lr * warm * (0.1 + 0.9 * left)
 
     # -------------------------------------------------------------- evaluation
 
@@ -206,19 +221,22 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it."""
-        c = self.config
-        return {"task": self.task.to_dict(), "kind": c.kind, "model": self.model.config.to_dict(), "seed": c.seed,
-                "budget_flops": c.budget_flops, "batch_size": c.batch_size, "lr": c.lr, "loss_on": c.loss_on,
-                "warmup_steps": c.warmup_steps, "weight_decay": c.weight_decay, "ema_decay": c.ema_decay,
-                "grad_clip": c.grad_clip}
+        free_to_change = {"task", "model", "out", "device", "threads", "time_budget_s", "eval_every", "eval_examples"}
+        recipe = {key: value for key, value in asdict(self.config).items() if key not in free_to_change}
+        return {**recipe, "task": self.task.to_dict(), "model": self.model.config.to_dict()}
 
     def note(self, row: dict[str, float]) -> None:
         """Keep a row of metrics, and append it to the file that a reader may follow."""
         self.metrics.append(row)
+        if not self.share.leads:
+            return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        if not self.share.leads:
+            return
         state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict(),
                  "step": self.step, "flops": self.flops, "seconds": self.seconds,
                  "metrics": json.dumps(self.metrics), "identity": json.dumps(self.identity(), sort_keys=True)}
@@ -241,6 +259,8 @@ class _Run:
         self.ema = [average.detach() for average in state["ema"]]
         self.step, self.flops, self.seconds = state["step"], state["flops"], state["seconds"]
         self.metrics = json.loads(state["metrics"])
+        if not self.share.leads:
+            return
         lines = "".join(json.dumps(row) + "\n" for row in self.metrics)  # rows after the checkpoint are run again
         temporary = self.path / "metrics.jsonl.tmp"
         temporary.write_text(lines)

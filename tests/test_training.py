@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from hooks import HookedLoopMDM, LoopMDMConfig
+from hooks.diffusion import corrupt, nelbo
 from studies import zoo
 from studies.flops import forward_flops, mean_loops, training_flops
 from studies.presets import PRESETS
-from studies.tasks import Automaton
-from studies.training import TrainConfig, train
+from studies.tasks import Automaton, Batch
+from studies.training import TrainConfig, loop_weights, train
+from studies.training_step import Share, TrainingStep, bound
+from tests.small import VARIANTS, small_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"d_model": 16, "n_heads": 2, "d_mlp": 32, "max_loops": 3}
@@ -70,14 +73,14 @@ _KILLABLE = """
 import sys
 from tests.test_training import tiny
 from studies.training import train
-train(tiny(__import__("pathlib").Path(sys.argv[1]), eval_every=2), progress=False)
+train(tiny(__import__("pathlib").Path(sys.argv[1]), eval_every=2, precision="bf16", micro_batches=2), progress=False)
 print("done")
 """
 
 
 @pytest.mark.slow
 def test_sigkill_at_a_random_moment_and_resume_gives_the_uninterrupted_weights(tmp_path):
-    whole = train(tiny(tmp_path / "whole", eval_every=2), progress=False)
+    whole = train(tiny(tmp_path / "whole", eval_every=2, precision="bf16", micro_batches=2), progress=False)
     out, rng, kills = tmp_path / "killed", random.Random(0), 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     while kills < 3:
@@ -93,7 +96,7 @@ def test_sigkill_at_a_random_moment_and_resume_gives_the_uninterrupted_weights(t
         process.wait()
         kills += 1
     assert kills >= 1, "the run finished before it could be killed"
-    resumed = train(tiny(out, eval_every=2), progress=False)
+    resumed = train(tiny(out, eval_every=2, precision="bf16", micro_batches=2), progress=False)
     assert same(weights(whole.model), weights(resumed.model))
 
 
@@ -128,6 +131,121 @@ def test_the_triplet_has_equal_parameters_or_equal_compute():
     assert per_step[0] == pytest.approx(per_step[1], rel=0.01)
     budgets = {PRESETS["automaton"].train_config(kind, 0).budget_flops for kind in ("loop", "twin", "deep")}
     assert len(budgets) == 1
+
+
+# ---------------------------------------------------------------- one step's gradient
+
+
+def batch_of(task: Automaton, n: int = 8) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    batch = task.sample(n, seed=3)
+    t = torch.linspace(0.2, 1.0, n)
+    noised = corrupt(batch.tokens, t, task.mask_token_id, free=batch.free, generator=torch.Generator().manual_seed(0))
+    return batch, noised, t
+
+
+def gradients(model: HookedLoopMDM) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_the_bound_of_masked_positions_alone_is_the_nelbo(variant):
+    task = Automaton(rule=90, width=5, rows=2)
+    model = small_model(**VARIANTS[variant], vocab_size=3, mask_token_id=2)
+    batch, noised, t = batch_of(task)
+    n_free = int(batch.free.sum())
+    for n_loops in (1, 3):
+        whole = nelbo(model(noised, n_loops, t=t), batch.tokens, noised, t, task.mask_token_id, free=batch.free)
+        torch.testing.assert_close(bound(model, batch.tokens, noised, t, n_loops, n_free=n_free), whole)
+    by_loop = [nelbo(model(noised, k, t=t), batch.tokens, noised, t, task.mask_token_id, free=batch.free)
+               for k in (1, 2, 3)]
+    torch.testing.assert_close(bound(model, batch.tokens, noised, t, 3, n_free=n_free, loss_on="every"),
+                               (by_loop[0] + 2 * by_loop[1] + 3 * by_loop[2]) / 6)
+
+
+def test_micro_batches_and_processes_sum_to_the_gradient_of_the_whole_batch():
+    model = small_model(vocab_size=3, mask_token_id=2)
+    batch, noised, t = batch_of(Automaton(rule=90, width=5, rows=2))
+    whole_loss = TrainingStep(model).backward(batch, noised, t, 2)
+    whole = gradients(model)
+    for parts in ([TrainingStep(model, micro_batches=4)], [TrainingStep(model, share=Share(i, 2)) for i in range(2)]):
+        model.zero_grad()
+        loss = 0.0
+        for part in parts:   # what all_reduce sums, without it
+            part._summed = lambda value: value
+            loss += part.backward(batch, noised, t, 2)
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32_and_not_the_same():
+    model = small_model(vocab_size=3, mask_token_id=2)
+    batch, noised, t = batch_of(Automaton(rule=90, width=5, rows=2))
+    exact = TrainingStep(model).backward(batch, noised, t, 2)
+    model.zero_grad()
+    near = TrainingStep(model, precision="bf16").backward(batch, noised, t, 2)
+    assert near != exact
+    assert near == pytest.approx(exact, rel=0.02)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_blocks_give_the_same_gradients():
+    batch, noised, t = batch_of(Automaton(rule=90, width=5, rows=2))
+    plain, compiled = small_model(vocab_size=3, mask_token_id=2), small_model(vocab_size=3, mask_token_id=2)
+    assert TrainingStep(compiled, compile=True).backward(batch, noised, t, 3) == pytest.approx(
+        TrainingStep(plain).backward(batch, noised, t, 3), rel=1e-5)
+    for name, gradient in gradients(compiled).items():
+        torch.testing.assert_close(gradient, gradients(plain)[name], atol=1e-5, rtol=1e-3)
+
+
+def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"there is no no-such-compiler: install one, or train with compile off"):
+        TrainingStep(small_model(), compile=True)
+
+
+def test_loops_drawn_by_equal_flops_spend_the_same_on_every_number_of_loops():
+    config = LoopMDMConfig(vocab_size=3, mask_token_id=2, max_seq_len=96)
+    weights = loop_weights(config, 96, "equal_flops")
+    spent = [float(weights[s - 1]) * training_flops(config, seq_len=96, n_loops=s) for s in (1, 4, 8)]
+    assert spent == pytest.approx([spent[0]] * 3)
+    assert loop_weights(config, 96, "uniform").tolist() == [1.0] * 8
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"micro_batches": 3}, "batch_size 4 is not a multiple of micro_batches 3"),
+    ({"precision": "fp8"}, "precision must be one of fp32, bf16, not 'fp8'"),
+    ({"schedule": "steps"}, "schedule must be one of cosine, linear, constant"),
+    ({"loops_drawn": "few"}, "loops_drawn must be one of uniform, equal_flops")])
+def test_a_recipe_that_makes_no_sense_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, **changes)
+
+
+_PROCESSES = """
+import sys
+from pathlib import Path
+from tests.test_training import tiny
+from studies.training import train
+train(tiny(Path(sys.argv[1]), time_budget_s=600.0), progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_as_one_process_does(tmp_path):
+    one = train(tiny(tmp_path / "one"), progress=False)
+    script = tmp_path / "script.py"
+    script.write_text(_PROCESSES)
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    subprocess.run([*launch, str(script), str(tmp_path / "two")], cwd=ROOT, check=True, timeout=240,
+                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    two = train(tiny(tmp_path / "two"), progress=False)   # finished: this reads its checkpoint
+    assert two.step == one.step
+    for name, value in weights(two.model).items():
+        torch.testing.assert_close(value, weights(one.model)[name], atol=1e-4, rtol=1e-3)
 
 
 def test_loss_on_every_loop_differs_and_trains(tmp_path):
