@@ -1,8 +1,9 @@
 """What recording and editing cost, against doing it by hand, torch hooks, TransformerLens and nnsight.
 
-*Recording* holds the model's own tensors, which is what run_with_cache does here and in TransformerLens and what
-nnsight's ``save`` does; *copying* clones each of them. Two models: a small one, where overhead shows, and a wide one. All contenders share one set of
-weights and must keep the same tensors: the benchmark checks that before it times them.
+*Recording* holds the model's own tensors, which is what run_with_cache does here and in TransformerLens
+and what nnsight's ``save`` does; *copying* clones each of them. Two models: a small one, where overhead
+shows, and a wide one. All contenders share one set of weights and must keep the same tensors: the
+benchmark checks that before it times them.
 
     rows = measure(SMALL, rounds=200)
 """

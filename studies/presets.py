@@ -18,7 +18,6 @@ from studies.flops import mean_loops, training_flops
 from studies.tasks import Arithmetic, Automaton, Pointer, Sudoku, Task, Text
 from studies.training import Kind, TrainConfig
 
-
 FAST: dict[str, Any] = {"precision": "bf16", "compile": True}
 
 
@@ -42,8 +41,10 @@ class Preset:
         base = TrainConfig(task=self.task, model=self.model, **recipe)
         model = base.model_config()
         per_example = training_flops(model, seq_len=self.task.seq_len, n_loops=mean_loops(model))
-        return replace(base, kind=kind, seed=seed, budget_flops=self.budget_flops if self.budget_flops is not None and steps == self.steps
-                       else steps * base.batch_size * per_example)
+        budget = steps * base.batch_size * per_example
+        if self.budget_flops is not None and steps == self.steps:
+            budget = self.budget_flops
+        return replace(base, kind=kind, seed=seed, budget_flops=budget)
 
 
 _AUTOMATON = Automaton(rule=30, width=12, rows=8)

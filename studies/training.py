@@ -100,7 +100,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     share = join()
-    run = _Run(config, share)
+    run = TrainingRun(config, share)
     if resume:
         run.restore()
     began, seconds_before = time.monotonic(), run.seconds
@@ -134,7 +134,7 @@ def loop_weights(model: LoopMDMConfig, seq_len: int, drawn: str) -> torch.Tensor
     return 1 / torch.tensor([training_flops(model, seq_len=seq_len, n_loops=s) for s in range(1, model.max_loops + 1)])
 
 
-class _Run:
+class TrainingRun:
     """The mutable state of a run: weights, their average, the optimiser, and the counters."""
 
     def __init__(self, config: TrainConfig, share: Share):

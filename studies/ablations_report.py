@@ -1,0 +1,135 @@
+"""The ablation study as words, table, figures and a page: pure functions of what was measured.
+
+    text = page(verdict)                                 # results/ablations.md
+    drawn = figures(curves)                              # {title: (what am I looking at, figure)}
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from plotly.colors import qualitative
+
+CHANGES = {
+    "base": "layers 1 and 2 of six looped, S ≤ 8", "one": "one looped layer", "four": "four looped layers",
+    "first": "layers 0 and 1 looped", "middle": "layers 2 and 3 looped", "last": "layers 4 and 5 looped",
+    "all": "all six layers looped", "injection": "input injected at each loop", "layernorm": "LayerNorm for RMSNorm",
+    "no-qk-norm": "queries and keys not normalised", "loop-embedding": "a learned vector per loop",
+    "smax4": "S ≤ 4 in training", "smax16": "S ≤ 16 in training"}
+"""What each change is, in words."""
+
+SHARES = {"exact", "exact_more", "cells_once", "converged", "cyclic"}
+
+
+def words(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence per measure that a change moves further than the base's seeds differ among themselves."""
+    base = next(row for row in table if row["change"] == "base")["values"]
+    sentences = []
+    for key, noun in (("converged", "the share of states that converge"), ("exact", "accuracy at S_max"),
+                      ("contraction", "the contraction factor per loop")):
+        seeds = _finite(base[key])
+        if not len(seeds):
+            continue
+        low, high = float(seeds.min()), float(seeds.max())
+        outside = [(row["change"], float(_finite(row["values"][key]).mean())) for row in table
+                   if row["change"] != "base" and len(_finite(row["values"][key]))]
+        above = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if v > high]
+        below = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if v < low]
+        spread = f"{low:.2f}" if len(seeds) == 1 else f"{low:.2f} to {high:.2f} over {len(seeds)} seeds"
+        sentences.append(f"In the base {noun} is {spread}; it is higher with {', '.join(above) or 'none'}, and lower "
+                         f"with {', '.join(below) or 'none'}.")
+    return sentences
+
+
+def figures(curves: xr.Dataset) -> dict[str, tuple[str, go.Figure]]:
+    """Accuracy over S, distance to the fixed point and step size over loops, a line per change."""
+    colours = ["black", *qualitative.Dark24]
+    drawn = {}
+    for name, title, what, x_title, y_title, log in (
+            ("cells", "Accuracy over loops", "Each line is one change; the base is black.", "loops S in one forward",
+             "share of free cells right", False),
+            ("distance", "Distance to the fixed point", "A straight fall is a contraction by a constant factor per "
+             "loop; a level line goes nowhere.", "loop", "‖X_k − X*‖, states of norm 1", True),
+            ("step", "Step size", "How far the direction of the state still turns in a loop.", "loop",
+             "‖X_k − X_(k−1)‖, states of norm 1", True)):
+        figure = go.Figure()
+        for number, change in enumerate(curves.change.values.tolist()):
+            line = curves[name].sel(change=change).dropna(curves[name].dims[-1])
+            figure.add_scatter(x=line[line.dims[0]].values, y=line.values, name=change,
+                               mode="lines+markers" if name == "cells" else "lines",
+                               line={"color": colours[number % len(colours)], "width": 3 if change == "base" else 1.5})
+        figure.update_layout(template="plotly_white", width=860, height=440,
+                             margin={"l": 70, "r": 20, "t": 30, "b": 60})
+        figure.update_xaxes(title_text=x_title, type="log" if name == "cells" else None,
+                            **({"tickvals": [1, 2, 4, 8, 16, 32, 64]} if name == "cells" else {}))
+        figure.update_yaxes(title_text=y_title, type="log" if log else None, exponentformat="power")
+        drawn[title] = what, figure
+    return drawn
+
+
+def rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The table: a row per change, a column per measure, mean over seeds (and range where there are several)."""
+    measures = verdict["measures"]
+    return [{"change": row["change"], "what": CHANGES.get(row["change"], ""),
+             **{measures[key]["name"]: _cell(key, row["values"][key]) for key in measures}}
+            for row in verdict["ablations"]]
+
+
+def page(verdict: Mapping[str, Any]) -> str:
+    """results/ablations.md."""
+    listed = rows(verdict)
+    setting = verdict["setting"]
+    task = ", ".join(f"{key} {value}" for key, value in setting["task"].items() if key != "name")
+    intro = (f"Made by `python studies/ablations.py`: LoopMDMs of six layers on *{verdict['task']}* ({task}), one "
+             f"change each, trained for the same FLOPs; {setting['examples']} held-out examples, every free position "
+             "masked. "
+             "Ranges in brackets are over training seeds; a number without one is a single run, and says little unless "
+             "it lies far outside the base's range.")
+    lines = ["# What decides whether the loops settle", "", intro, "",
+             *[f"- {sentence}" for sentence in verdict["words"]], "",
+             "| " + " | ".join(listed[0]) + " |", "|---" * len(listed[0]) + "|",
+             *["| " + " | ".join(row.values()) + " |" for row in listed], "",
+             *[f"- *{m['name']}*: {m['definition']}." for m in verdict["measures"].values()], "",
+             f"Figures: [live](ablations-{verdict['task']}/report.html)."]
+    return "\n".join(lines) + "\n"
+
+
+def report(verdict: Mapping[str, Any], drawn: Mapping[str, tuple[str, go.Figure]]) -> str:
+    """One page that needs no network: words, table, figures, provenance."""
+    listed = rows(verdict)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in listed[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
+                   for row in listed)
+    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdict["words"])
+    parts = [f"<h1>What decides whether the loops settle</h1><ul>{told}</ul><table><tr>{head}</tr>{body}</table>"]
+    for number, (title, (what, figure)) in enumerate(drawn.items()):
+        picture = figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
+        parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(what)}</p>{picture}")
+    parts.append(f"<pre>{html.escape(json.dumps(verdict['provenance'], indent=1))}</pre>")
+    style = ("body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto}table{border-collapse:collapse;"
+             "font-size:.8em}td,th{border-bottom:1px solid #ddd;padding:.3em .5em;text-align:left}")
+    return (f"<!doctype html><meta charset='utf-8'><title>LoopScope: ablations</title><style>{style}</style>"
+            f"<body>{''.join(parts)}</body>")
+
+
+def _finite(values: Sequence[float | None]) -> np.ndarray:
+    """The values that are defined; None stands for one that is not, as in JSON."""
+    return np.array([value for value in values if value is not None])
+
+
+def _cell(key: str, values: Sequence[float | None]) -> str:
+    seen = _finite(values)
+    if not len(seen):
+        return "–"
+
+    def one(value: float) -> str:
+        return f"{value:.1%}" if key in SHARES else f"{value:.3g}"
+
+    mean = one(float(seen.mean()))
+    return mean if len(seen) == 1 else f"{mean} [{one(float(seen.min()))}, {one(float(seen.max()))}]"
