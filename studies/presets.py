@@ -70,19 +70,19 @@ automaton. All spend the FLOPs of the base's steps."""
 
 
 def _ablation(change: dict[str, Any], name: str) -> Preset:
-    base = Preset(_AUTOMATON, steps=1300, minutes="3", model=_SIX)
-    return Preset(_AUTOMATON, steps=1300, minutes="3", kinds=("loop",), variant=f"ablation-{name}", model=change,
+    base = Preset(_AUTOMATON, steps=1300, minutes="4", model=_SIX)
+    return Preset(_AUTOMATON, steps=1300, minutes="4", kinds=("loop",), variant=f"ablation-{name}", model=change,
                   budget_flops=base.train_config("loop", 0).budget_flops)
 
 
 PRESETS: dict[str, Preset] = {
-    "automaton": Preset(_AUTOMATON, steps=2400, minutes="5 per kind"),
-    "sudoku6": Preset(Sudoku(size=6), steps=5000, minutes="4 per kind", variant="6x6"),
+    "automaton": Preset(_AUTOMATON, steps=2400, minutes="6 per kind"),
+    "sudoku6": Preset(Sudoku(size=6), steps=5000, minutes="5 per kind", variant="6x6"),
     "sudoku9": Preset(Sudoku(size=9), steps=60_000, minutes="for a GPU; days", variant="9x9",
                       model={"d_model": 128, "d_mlp": 512, "max_loops": 16},
                       train={"batch_size": 128, "lr": 1e-3, "loss_on": "every"}),
-    "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, minutes="not yet trained; about 15 per kind"),
-    "pointer": Preset(Pointer(keys=8, hops=6, min_keys=2, min_hops=1), steps=20_000, minutes="not yet trained; hours",
+    "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, minutes="11 per kind"),
+    "pointer": Preset(Pointer(keys=8, hops=6, min_keys=2, min_hops=1), steps=20_000, minutes="not trained: see the README",
                       model={"d_model": 128, "d_mlp": 512}, train={"batch_size": 64, "lr": 1e-3}),
     "text": Preset(Text(length=64, vocab=2048), steps=4000, minutes="25 per kind", kinds=("loop", "twin"),
                    train={"batch_size": 64, "lr": 1e-3}),
