@@ -2,7 +2,7 @@
 
 First of the three stages load → compute → draw. A `Checkpoint` is the cache key of everything
 that is computed from a model: which file, which state of it, on which device, in which dtype.
-Folders and device come from the environment: LOOPSCOPE_ZOO, LOOPSCOPE_RESULTS, LOOPSCOPE_DEVICE.
+Folders and device come from the environment: LOOPSCOPE_ZOO, LOOPSCOPE_RESULTS, LOOPSCOPE_RUNS, LOOPSCOPE_DEVICE.
 
     for name, checkpoint in checkpoints().items():
         load_entry(checkpoint).model
@@ -10,10 +10,13 @@ Folders and device come from the environment: LOOPSCOPE_ZOO, LOOPSCOPE_RESULTS, 
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import streamlit as st
 
 from studies.results import RESULTS, Results, read_results
@@ -48,6 +51,36 @@ def zoo_folder() -> Path:
 
 def results_folder() -> Path:
     return Path(os.environ.get("LOOPSCOPE_RESULTS", RESULTS))
+
+
+def runs_folder() -> Path:
+    return Path(os.environ.get("LOOPSCOPE_RUNS", ZOO.parent / "runs"))
+
+
+def training_tables() -> dict[str, pd.DataFrame]:
+    """Training curves by name: of the zoo, and of runs that are not in it (or are being made again)."""
+    bundled = sorted(zoo_folder().glob("*/metrics.parquet"))
+    tables = {path.parent.name: _curve(str(path), _stamp(path)) for path in bundled}
+    for path in sorted(runs_folder().glob("*/metrics.jsonl")):
+        if path.stat().st_size:
+            tables[f"{path.parent.name} (run)" if path.parent.name in tables else path.parent.name] = _curve(
+                str(path), _stamp(path))
+    return tables
+
+
+def training_ages() -> dict[str, float]:
+    """Seconds since each run's file was last written."""
+    now, zoo = time.time(), set(names(zoo_folder()))
+    return {f"{path.parent.name} (run)" if path.parent.name in zoo else path.parent.name: now - path.stat().st_mtime
+            for path in runs_folder().glob("*/metrics.jsonl")}
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def _curve(path: str, stamp: str) -> pd.DataFrame:
+    if path.endswith(".parquet"):
+        return pd.read_parquet(path)
+    whole = Path(path).read_text().rpartition("\n")[0]   # a line that is still being written is left for later
+    return pd.DataFrame([json.loads(line) for line in whole.splitlines()])
 
 
 def checkpoints() -> dict[str, Checkpoint]:

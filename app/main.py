@@ -21,5 +21,6 @@ page = st.navigation([
     st.Page("views/attention.py", title="Attention", icon=":material/hub:"),
     st.Page("views/probes.py", title="Probes", icon=":material/science:"),
     st.Page("views/denoise.py", title="Denoise", icon=":material/blur_on:"),
+    st.Page("views/training.py", title="Training", icon=":material/show_chart:"),
 ])
 page.run()

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ def _curves(scores: dict[int, dict[str, torch.Tensor]], moves: xr.Dataset, maske
     def over_loops(values: xr.DataArray) -> np.ndarray:
         return np.array([_median(of_one_loop) for of_one_loop in values.values[..., masked]])
 
-    loops = {"loop": np.arange(1, 33)}
+    loops: dict[Any, Any] = {"loop": np.arange(1, 33)}
     return xr.Dataset({
         "cells": measurement([float(s["cells"].mean()) for s in scores.values()], ("n_loops",), units="probability",
                              long_name="free cells right", definition="all masked, one forward", source="2605.26106",

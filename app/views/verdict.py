@@ -1,6 +1,6 @@
 """Verdict: the answer to the headline question, its evidence, its controls; and the paper's claims, judged.
 
-Reads what `studies/rerun.py` and `studies/compute.py` wrote; computes nothing.
+Reads what `studies/rerun.py`, `studies/compute.py` and `studies/ablations.py` wrote; computes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from streamlit.delta_generator import DeltaGenerator
 from app import data, show
 from app.figures.style import styled
 from app.figures.verdict import evidence
-from studies import rerun_report
+from studies import ablations_report, rerun_report
 from studies.results import Results
 
 SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
@@ -28,6 +28,9 @@ def main() -> None:
     verdict = results.verdict
     if "claims" in verdict:
         _claims(results)
+        return
+    if "ablations" in verdict:
+        _ablations(results)
         return
     if missing := {"question", "operation", "content", "subjects", "table"} - set(verdict):
         st.error(f"The verdict in `{results.path}` lacks {', '.join(sorted(missing))}: it was made by another version. "
@@ -147,6 +150,23 @@ def _claims(results: Results) -> None:
             picture = results.path / f"{letter}.svg"
             if picture.exists():
                 st.image(str(picture), width=760)
+    _provenance(results)
+
+
+def _ablations(results: Results) -> None:
+    """What each change of the LoopMDM does to whether its loops settle."""
+    verdict = results.verdict
+    st.title("What decides whether the loops settle?", anchor=False)
+    st.caption(f"LoopMDMs of six layers on *{verdict['task']}*, one change each, trained for the same FLOPs; "
+               f"{verdict['setting']['examples']} held-out examples, every free position masked. Ranges are over "
+               "training seeds; a number without one is a single run.")
+    st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
+    st.dataframe(pd.DataFrame(ablations_report.rows(verdict)), hide_index=True, width="stretch")
+    with st.expander("Definitions", icon=":material/menu_book:"):
+        st.markdown("\n".join(f"- **{m['name']}**: {m['definition']}" for m in verdict["measures"].values()))
+    for number, (title, (what, drawn)) in enumerate(ablations_report.figures(results.datasets["curves"]).items()):
+        show.figure(styled(drawn, height=460), what, name=f"ablations-{number}", title=title,
+                    table=partial(_every_number, results))
     _provenance(results)
 
 
