@@ -6,7 +6,7 @@ length of the LoopMDM's run in steps; the FLOPs that follow are the budget of al
     config = PRESETS["automaton"].train_config(kind="twin", seed=1)
 
 All of them multiply matrices in bfloat16 and compile their blocks, which halves the time on a CPU that has the
-instructions; ``--precision fp32 --no-compile`` does without.
+instructions; ``--precision fp32 --compile False`` does without.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Preset:
 
     task: Task
     steps: int                        # of the LoopMDM; its mean cost is everyone's budget
-    minutes: str                      # on one CPU core, measured
+    time: str                         # on one CPU core, measured
     kinds: tuple[Kind, ...] = ("loop", "twin", "deep")  # what is trained unless told otherwise
     variant: str = ""                 # last part of the zoo folder's name
     budget_flops: float | None = None  # instead of what ``steps`` steps of this model cost
@@ -70,22 +70,22 @@ automaton. All spend the FLOPs of the base's steps."""
 
 
 def _ablation(change: dict[str, Any], name: str) -> Preset:
-    base = Preset(_AUTOMATON, steps=1300, minutes="4", model=_SIX)
-    return Preset(_AUTOMATON, steps=1300, minutes="4", kinds=("loop",), variant=f"ablation-{name}", model=change,
-                  budget_flops=base.train_config("loop", 0).budget_flops)
+    base = Preset(_AUTOMATON, steps=1300, time="4 minutes", model=_SIX)
+    return Preset(_AUTOMATON, steps=1300, time="4 minutes", kinds=("loop",), variant=f"ablation-{name}",
+                  model=change, budget_flops=base.train_config("loop", 0).budget_flops)
 
 
 PRESETS: dict[str, Preset] = {
-    "automaton": Preset(_AUTOMATON, steps=2400, minutes="6 per kind"),
-    "sudoku6": Preset(Sudoku(size=6), steps=5000, minutes="5 per kind", variant="6x6"),
-    "sudoku9": Preset(Sudoku(size=9), steps=60_000, minutes="for a GPU; days", variant="9x9",
+    "automaton": Preset(_AUTOMATON, steps=2400, time="6 minutes per kind"),
+    "sudoku6": Preset(Sudoku(size=6), steps=5000, time="5 minutes per kind", variant="6x6"),
+    "sudoku9": Preset(Sudoku(size=9), steps=60_000, time="for a GPU; days", variant="9x9",
                       model={"d_model": 128, "d_mlp": 512, "max_loops": 16},
                       train={"batch_size": 128, "lr": 1e-3, "loss_on": "every"}),
-    "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, minutes="11 per kind"),
+    "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, time="11 minutes per kind"),
     "pointer": Preset(Pointer(keys=8, hops=6, min_keys=2, min_hops=1), steps=20_000,
-                      minutes="not trained: see the README",
+                      time="not trained: see the README",
                       model={"d_model": 128, "d_mlp": 512}, train={"batch_size": 64, "lr": 1e-3}),
-    "text": Preset(Text(length=64, vocab=2048), steps=4000, minutes="25 per kind", kinds=("loop", "twin"),
+    "text": Preset(Text(length=64, vocab=2048), steps=4000, time="25 minutes per kind", kinds=("loop", "twin"),
                    train={"batch_size": 64, "lr": 1e-3}),
     **{f"ablation-{name}": _ablation(change, name) for name, change in ABLATIONS.items()},
 }

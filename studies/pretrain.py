@@ -54,13 +54,18 @@ class Pretrain:
     """List tasks and presets, and stop."""
 
 
+def listing() -> str:
+    """A line per preset: its name, task, steps, and time on one CPU core."""
+    return "\n".join(f"    {name:24} {preset.task}, {preset.steps} steps, {preset.time}"
+                     for name, preset in PRESETS.items())
+
+
 def main(args: Pretrain) -> int:
     """Train and export; returns the exit status, 3 if the time budget ran out."""
     import time
 
     if args.list:
-        for name, preset in PRESETS.items():
-            print(f"{name:24} {preset.task}, {preset.steps} steps, {preset.minutes} minutes")
+        print(listing())
         return 0
     if args.preset not in PRESETS:
         print(f"no preset is called {args.preset!r}; there are {', '.join(PRESETS)}.", file=sys.stderr)
@@ -81,12 +86,11 @@ def main(args: Pretrain) -> int:
                 print(f"{name}: stopped by the time budget at step {result.step}; give the command again to go on.")
                 return 3
             command = f"python studies/pretrain.py --preset {args.preset} --kinds {kind} --seeds {seed}" + "".join(
-                f" --{key} {value}" if key != "compile" else f" --{'' if value else 'no-'}compile"
-                for key, value in overrides.items())
+                f" --{key} {value}" for key, value in overrides.items())
             folder = export(config, result, variant=variant, zoo=args.zoo, command=command)
             print(f"{name}: {result.step} steps, {result.flops:.3g} FLOPs, {result.seconds:.0f} s → {folder}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Pretrain)))
+    sys.exit(main(tyro.cli(Pretrain, description=f"{__doc__}\nTasks and presets:\n\n{listing()}")))

@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"verdict": "", "lens": "lens", "dynamics": "dynamics", "attention": "attention", "probes": "probes",
-         "denoise": "denoise"}
+         "denoise": "denoise", "training": "training"}
 """Every page, and its path under the explorer's address."""
 
 QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync",

@@ -95,7 +95,7 @@ def press(page: Page, label: str, key: str, times: int = 1) -> None:
 def test_every_page_opens_and_draws(page: Page, address: str, name: str) -> None:
     opened(page, address, name)
     charts = page.locator("[data-testid=stPlotlyChart]")
-    assert charts.count() >= 2
+    assert charts.count() >= (1 if name == "training" else 2)
     assert len(drawn(page)) == charts.count()
     widths = [box["width"] for chart in charts.all() if (box := chart.bounding_box())]
     assert min(widths) > 150
@@ -111,7 +111,7 @@ def test_the_menu_leads_to_every_page(page: Page, address: str) -> None:
         healthy(page)
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name != "verdict"])
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in ("verdict", "training")])
 def test_model_loops_and_mask_change_the_figures(page: Page, address: str, name: str) -> None:
     opened(page, address, name)
     before = drawn(page)
