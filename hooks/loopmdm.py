@@ -3,8 +3,7 @@
     H(0) = head(tokens),  H(k) = mid(H(k−1)) for k = 1..S,  logits = tail(H(S))
 
 The mid layers share their weights over the S loops, so S is a compute knob at inference.
-This file holds the configuration and the forward pass; `hooks.hooked` records and edits it,
-`hooks.diffusion` trains and samples it.
+Configuration and forward pass; `hooks.hooked` records and edits it, `hooks.diffusion` trains and samples it.
 
     model = LoopMDM(LoopMDMConfig(vocab_size=3, mask_token_id=2, max_seq_len=96))
     logits = model(tokens, n_loops=16)                        # [batch, pos, vocab]
@@ -302,8 +301,7 @@ class LoopMDM(nn.Module):
         """The layers after the loop, and the unembedding."""
         return self.unembed(self.tail_layers(x, condition), condition)
 
-    def tail_layers(self, x: Float[Tensor, "batch pos d_model"],
-                    condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+    def tail_layers(self, x: Tensor, condition: Tensor | None = None) -> Float[Tensor, "batch pos d_model"]:
         """The layers after the loop alone."""
         return self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition)
 
