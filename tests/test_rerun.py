@@ -32,7 +32,7 @@ def triplets(tmp_path_factory) -> Path:
 
 
 def ask(zoo_folder: Path, results: Path, **changes: object) -> int:
-    return rerun.main(rerun.Rerun(zoo=zoo_folder, results=results, examples=12, **changes))
+    return rerun.main(rerun.Rerun(zoo=zoo_folder, results=results, examples=40, **changes))
 
 
 def test_the_study_writes_a_verdict_measurements_and_a_report(triplets, tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_accuracy_over_loops_is_the_models_own(triplets, tmp_path):
     ask(triplets, tmp_path, variants=("",))
     results = read_results(tmp_path / "rerun-automaton")
     entry = zoo.load(triplets / "automaton-loop")
-    batch = entry.task.sample(12, seed=0, split="test")
+    batch = entry.task.sample(40, seed=0, split="test")
     noised = batch.tokens.masked_fill(batch.free, entry.task.mask_token_id)
     for n_loops in (1, 3, 5):
         cells = entry.task.score(entry.model(noised, n_loops, t=1.0).argmax(-1), batch)["cells"]
