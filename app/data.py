@@ -61,18 +61,19 @@ def training_tables() -> dict[str, pd.DataFrame]:
     """Training curves by name: of the zoo, and of runs that are not in it (or are being made again)."""
     bundled = sorted(zoo_folder().glob("*/metrics.parquet"))
     tables = {path.parent.name: _curve(str(path), _stamp(path)) for path in bundled}
-    for path in sorted(runs_folder().glob("*/metrics.jsonl")):
-        if path.stat().st_size:
-            tables[f"{path.parent.name} (run)" if path.parent.name in tables else path.parent.name] = _curve(
-                str(path), _stamp(path))
-    return tables
+    return tables | {name: _curve(str(path), _stamp(path)) for name, path in _runs().items()}
 
 
 def training_ages() -> dict[str, float]:
     """Seconds since each run's file was last written."""
-    now, zoo = time.time(), set(names(zoo_folder()))
-    return {f"{path.parent.name} (run)" if path.parent.name in zoo else path.parent.name: now - path.stat().st_mtime
-            for path in runs_folder().glob("*/metrics.jsonl")}
+    return {name: time.time() - path.stat().st_mtime for name, path in _runs().items()}
+
+
+def _runs() -> dict[str, Path]:
+    """Metrics of runs by name; one that is in the zoo too is told apart by "(run)"."""
+    files = [path for path in sorted(runs_folder().glob("*/metrics.jsonl")) if path.stat().st_size]
+    return {f"{path.parent.name} (run)" if (zoo_folder() / path.parent.name).exists() else path.parent.name: path
+            for path in files}
 
 
 @st.cache_data(max_entries=256, show_spinner=False)

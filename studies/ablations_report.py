@@ -36,8 +36,8 @@ def words(table: Sequence[Mapping[str, Any]]) -> list[str]:
         seeds = _finite(base[key])
         if not len(seeds):
             continue
-        low, high = float(seeds.min()), float(seeds.max())
-        outside = [(row["change"], float(_finite(row["values"][key]).mean())) for row in table
+        low, high = round(float(seeds.min()), 2), round(float(seeds.max()), 2)   # as printed
+        outside = [(row["change"], round(float(_finite(row["values"][key]).mean()), 2)) for row in table
                    if row["change"] != "base" and len(_finite(row["values"][key]))]
         above = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if v > high]
         below = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if v < low]

@@ -214,13 +214,18 @@ def _adaptive(letter: str, pooled: Mapping[str, xr.Dataset]) -> Judgement:
     equal = (lost["cells"] <= EQUAL_QUALITY) & (lost["exact"] <= 2 * EQUAL_QUALITY)
     best = float(data.threshold.values[equal].max())   # τ = 0 loses nothing
     chosen = data.sel(threshold=best)
+    loop = pooled["loops"].sel(kind="loop")
+    gained = {name: float((loop[name].sel(n_loops=int(s_max)) - loop[name].sel(n_loops=1)).mean())
+              for name in ("cells", "exact")}
+    vacuous = gained["cells"] <= EQUAL_QUALITY and gained["exact"] <= 2 * EQUAL_QUALITY
+    missing = "S_max loops are no better than one by these measures: stopping early has nothing to lose." * vacuous
     return Judgement(letter, claim, (
         quantity("share of loops saved", 1 - chosen.loops_used / s_max, bound=WORTHWHILE_SAVING),
         quantity("loops used", chosen.loops_used, bound=None),
         quantity("cells lost", data.cells.sel(threshold=0) - chosen.cells, per_cent=True, bound=None),
         quantity("exact accuracy lost", data.exact.sel(threshold=0) - chosen.exact, per_cent=True, bound=None)),
         f"Threshold τ = {best:g} on the relative change of the state, S_max = {s_max:g}: the largest of those tried "
-        f"that keeps the quality.")
+        "that keeps the quality.", missing)
 
 
 def _sampling(letter: str, pooled: Mapping[str, xr.Dataset]) -> Judgement:

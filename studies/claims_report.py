@@ -125,7 +125,7 @@ def claims_page(groups: list[Group], *, command: str, pictures: bool) -> str:
     letters = list(TITLES)
     lines = ["# The paper's claims, tested again", "",
              f"Made by `{command}`; measurements, figures and verdicts of each task are in `results/claims-*`. "
-             "The claims are those of LoopMDM (arXiv 2605.26106), at the scale of this zoo (models of about 200,000 "
+             "The claims are those of LoopMDM (arXiv 2605.26106), at the scale of this zoo (models of 0.2 to 1 million "
              "parameters). Intervals are 95%: over seeds (Student's t) where there are several, else over held-out "
              "examples (bootstrap), which says nothing about another training run.", "",
              "| claim | " + " | ".join(group.name for group in groups) + " |", "|---" * (len(groups) + 1) + "|"]

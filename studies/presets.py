@@ -5,7 +5,7 @@ length of the LoopMDM's run in steps; the FLOPs that follow are the budget of al
 
     config = PRESETS["automaton"].train_config(kind="twin", seed=1)
 
-All of them multiply matrices in bfloat16 and compile their blocks, which halves the time on a CPU that has the
+All of them multiply matrices in bfloat16 and compile their blocks, which about halves the time on a CPU that has the
 instructions; ``--precision fp32 --compile False`` does without.
 """
 

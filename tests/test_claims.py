@@ -214,6 +214,7 @@ def planted(pooled: dict[str, xr.Dataset], sign: float) -> dict[str, xr.Dataset]
     kind = xr.DataArray([{"loop": 0.0, "twin": 5.0, "deep": 15.0}[k] for k in base.kind.values], dims="kind")
     data["loops"]["nelbo"] = base + sign * (kind - order * (kind == 0) + 10 * (kind == 0))
     data["loops"]["exact"] = base + sign * 0.1 * (kind == 0)
+    data["loops"]["cells"] = base + 0.05 * order   # loops matter, so that stopping early could lose something
     t = data["noise"].t
     data["noise"]["gain"] = data["noise"].gain.fillna(0) * 0 + sign * (1 - 2 * abs(t - 0.5)) + jitter
     loop = data["attention"].loop
@@ -289,3 +290,15 @@ def test_groups_join_seeds(tmp_path: Path) -> None:
     groups = find_groups(zoo)
     assert list(groups) == ["automaton-6x4"], "a deep twin alone is no group"
     assert {seed: sorted(kinds) for seed, kinds in groups["automaton-6x4"].items()} == {1: ["loop", "twin"]}
+
+
+def test_looping_that_gains_nothing_decides_nothing_about_stopping_early(measured: dict[str, xr.Dataset]) -> None:
+    pooled = pool({0: measured})
+    for name in ("cells", "exact"):
+        pooled["loops"][name][:] = 0.3
+        pooled["adaptive"][name][:] = 0.3
+    judged = judge(pooled)["f"]
+    assert judged.word == "undecided"
+    assert "nothing to lose" in judged.missing
+    pooled["loops"]["cells"].loc[{"n_loops": 1}] = 0.1
+    assert judge(pooled)["f"].missing == ""
