@@ -102,8 +102,8 @@ class PlainLoopMDM(nn.Module):
         x = F.rms_norm(x, (config.d_model,), self.ln_final, config.norm_eps)
         return F.linear(x, self.unembed_weight, self.unembed_bias + self.mask_bias)
 
-    def forward_keeping(self, tokens: Tensor, n_loops: int, *, clone: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """The forward, copied, with a line after each block that keeps a clone, or the tensor itself."""
+    def forward_keeping(self, tokens: Tensor, n_loops: int) -> tuple[Tensor, list[Tensor]]:
+        """The forward, copied, with a line after each block that keeps a clone."""
         config = self.config
         cos, sin = self.rotary_cos[: tokens.shape[1]], self.rotary_sin[: tokens.shape[1]]
         kept = []
@@ -111,15 +111,15 @@ class PlainLoopMDM(nn.Module):
         first, last = config.n_head_layers, config.n_head_layers + config.n_loop_layers
         for block in self.blocks[:first]:
             x = block(x, cos, sin)
-            kept.append(x.detach().clone() if clone else x.detach())
+            kept.append(x.detach().clone())
         middle, tail = list(self.blocks[first:last]), list(self.blocks[last:])
         for _ in range(n_loops):
             for block in middle:
                 x = block(x, cos, sin)
-                kept.append(x.detach().clone() if clone else x.detach())
+                kept.append(x.detach().clone())
         for block in tail:
             x = block(x, cos, sin)
-            kept.append(x.detach().clone() if clone else x.detach())
+            kept.append(x.detach().clone())
         x = F.rms_norm(x, (config.d_model,), self.ln_final, config.norm_eps)
         return F.linear(x, self.unembed_weight, self.unembed_bias + self.mask_bias), kept
 

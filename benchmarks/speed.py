@@ -1,9 +1,7 @@
 """What recording and editing cost, against doing it by hand, torch hooks, TransformerLens and nnsight.
 
-*Recording* holds the model's own tensors, which is what run_with_cache does here and in TransformerLens
-and what nnsight's ``save`` does; *copying* clones each of them. Two models: a small one, where overhead
-shows, and a wide one. All contenders share one set of weights and must keep the same tensors: the
-benchmark checks that before it times them.
+Two models: a small one, where overhead shows, and a wide one. All contenders share one set of
+weights and must keep the same tensors: the benchmark checks that before it times them.
 
     rows = measure(SMALL, rounds=200)
 """
@@ -111,17 +109,6 @@ def contenders(size: Size) -> tuple[dict[str, Callable[[], Any]], dict[str, Call
     def nnsight_recording() -> Any:
         with traced.trace(tokens, loops) as tracer:
             held = list().save()  # nnsight saves what a call returns, so no []
-            held.append(traced.blocks[0].output)
-            for _ in tracer.iter[:loops]:
-                held.append(traced.blocks[1].output)
-                held.append(traced.blocks[2].output)
-            for i in range(3, 3 + size.n_tail_layers):
-                held.append(traced.blocks[i].output)
-        return held
-
-    def nnsight_copying() -> Any:
-        with traced.trace(tokens, loops) as tracer:
-            held = list().save()
             held.append(traced.blocks[0].output.clone())
             for _ in tracer.iter[:loops]:
                 held.append(traced.blocks[1].output.clone())
@@ -137,8 +124,8 @@ def contenders(size: Size) -> tuple[dict[str, Callable[[], Any]], dict[str, Call
             logits = traced.output.save()
         return logits
 
-    def ours(copy: bool = False) -> list[Tensor]:
-        rec = model.run_with_cache(tokens, loops, names_filter=NAMES, copy=copy)[1]
+    def ours() -> list[Tensor]:
+        rec = model.run_with_cache(tokens, loops, names_filter=NAMES)[1]
         return [rec[model.config.topology(loops).site_at(d)] for d in range(size.depth)]
 
     def cached() -> list[Tensor]:
@@ -150,12 +137,9 @@ def contenders(size: Size) -> tuple[dict[str, Callable[[], Any]], dict[str, Call
         "plain PyTorch": lambda: plain(tokens, loops),
         "ours, unhooked": lambda: model(tokens, loops),
         "TransformerLens bridge, unhooked": lambda: bridge(tokens),
-        "recording: by hand": lambda: plain.forward_keeping(tokens, loops, clone=False),
+        "recording: by hand": lambda: plain.forward_keeping(tokens, loops),
         "recording: ours": lambda: model.run_with_cache(tokens, loops, names_filter=NAMES),
-        "copying: by hand": lambda: plain.forward_keeping(tokens, loops),
-        "copying: ours": lambda: model.run_with_cache(tokens, loops, names_filter=NAMES, copy=True),
-        "copying: torch hooks": torch_hooks,
-        "copying: nnsight": nnsight_copying,
+        "recording: torch hooks": torch_hooks,
         "recording: TransformerLens": lambda: bridge.run_with_cache(
             tokens, names_filter=lambda name: name.endswith("hook_resid_post")),
         "recording: nnsight": nnsight_recording,
@@ -166,11 +150,9 @@ def contenders(size: Size) -> tuple[dict[str, Callable[[], Any]], dict[str, Call
             tokens, fwd_hooks=[(f"blocks.{depth}.hook_resid_post", lambda x, hook: x + vector)]),
         "edit: nnsight": nnsight_edit,
     }
-    keeping = {"recording: by hand": lambda: plain.forward_keeping(tokens, loops, clone=False)[1],
-               "recording: ours": ours, "recording: TransformerLens": cached, "recording: nnsight": nnsight_recording,
-               "copying: by hand": lambda: plain.forward_keeping(tokens, loops)[1],
-               "copying: ours": lambda: ours(copy=True), "copying: torch hooks": torch_hooks,
-               "copying: nnsight": nnsight_copying}
+    keeping = {"recording: by hand": lambda: plain.forward_keeping(tokens, loops)[1], "recording: ours": ours,
+               "recording: torch hooks": torch_hooks, "recording: TransformerLens": cached,
+               "recording: nnsight": nnsight_recording}
     return timed, keeping
 
 
@@ -201,20 +183,14 @@ def comparisons(size: Size, times: Times) -> list[Comparison]:
     def line(what: str, ours: str, theirs: str, target: float | None) -> Comparison:
         return Comparison(size.name, what, compare(times, ours, theirs), target)
 
-    def extra(what: str) -> Comparison:
-        """What recording takes beyond the unhooked model, ours ÷ nnsight's."""
-        return Comparison(size.name, f"{what}, time above unhooked ÷ nnsight's", compare_extra(
-            times, (f"{what}: ours", "ours, unhooked"), (f"{what}: nnsight", "plain PyTorch")), 0.5)
-
+    extra = compare_extra(times, ("recording: ours", "ours, unhooked"), ("recording: nnsight", "plain PyTorch"))
     return [
         line("unhooked ÷ plain PyTorch", "ours, unhooked", "plain PyTorch", 1.02),
-        line("copying ÷ clones by hand", "copying: ours", "copying: by hand", 1.05),
-        line("copying ÷ torch hooks", "copying: ours", "copying: torch hooks", None),
-        extra("copying"),
-        line("recording ÷ keeping by hand", "recording: ours", "recording: by hand", 1.05),
+        line("recording ÷ clones by hand", "recording: ours", "recording: by hand", 1.05),
+        line("recording ÷ torch hooks", "recording: ours", "recording: torch hooks", None),
         line("recording ÷ TransformerLens", "recording: ours", "recording: TransformerLens", 1.0),
         line("recording ÷ nnsight", "recording: ours", "recording: nnsight", None),
-        extra("recording"),
+        Comparison(size.name, "recording, time above unhooked ÷ nnsight's", extra, 0.5),
         line("edit ÷ by hand", "edit: ours", "edit: by hand", None),
         line("edit ÷ torch hooks", "edit: ours", "edit: torch hooks", None),
         line("edit ÷ TransformerLens", "edit: ours", "edit: TransformerLens", 1.0),

@@ -69,7 +69,6 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
                        reduce: Reducer | None = None, pos_slice: Cut | None = None, batch_slice: Cut | None = None,
                        only: Literal["masked", "visible"] | None = None,
                        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                       copy: bool = False,
                        loss_fn: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, ""]] | None = None,
                        ) -> tuple[Float[Tensor, "batch pos vocab"], Recording]:
         """One forward; returns the logits and a `Recording` of the sites that ``names_filter`` names.
@@ -77,8 +76,6 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         By default every site but ``hook_result`` (large: name it to have it). ``reduce(activation, site)``
         runs inside the hook (see `hooks.reducers`); ``pos_slice``, ``batch_slice``, ``dtype`` and ``device``
         shape the copy (see `Recorder`); ``only`` keeps the masked or the visible positions, on an axis ``point``.
-        The model never writes into an activation, so the recording holds the tensors themselves, as TransformerLens'
-        does, where no hook is attached that might; with ``copy`` it always holds copies.
         With ``loss_fn``, a function of the logits to a scalar, the backward pass runs too and
         ``recording.gradients`` holds the gradient of that scalar at the same sites (parameters' ``.grad``
         accumulate as ever).
@@ -90,12 +87,10 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         if loss_fn is not None and getattr(reduce, "forward_only", False):
             raise ValueError(f"{type(reduce).__name__} compares a loop with the one before it, and a backward pass "
                              "visits loops in reverse: record gradients without it.")
+        recorder = Recorder(reduce=reduce, pos=pos_slice, batch=batch_slice, dtype=dtype, device=device)
         space = self.site_space(n_loops)
         sites = space.resolve((lambda name: not name.endswith("hook_result")) if names_filter is None
                               else names_filter)
-        others = any(point.entries for point in self.hook_points.values())
-        recorder = Recorder(reduce=reduce, pos=pos_slice, batch=batch_slice, dtype=dtype, device=device,
-                            copy=copy or others)
         patterns = names_filter if isinstance(names_filter, str) else [str(site) for site in sites]
         backward = [(patterns, recorder.backward)] if loss_fn is not None else []
         with (self.hooks(fwd_hooks=[(patterns, recorder)], bwd_hooks=backward, n_loops=n_loops),

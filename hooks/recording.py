@@ -60,15 +60,13 @@ class Recorder:
     TransformerLens does). A boolean ``pos`` of shape [batch, pos] keeps only the positions where it is true,
     on one axis ``point`` in place of the two, in row-major order. ``reduce`` runs on the detached, cut
     activation, so that what is held may be far smaller than what passed by; ``dtype`` and ``device`` are
-    those of the copy. Without ``copy``, whole activations are held as they are: only for a model that never writes
-    into its activations, while no other hook runs that might.
+    those of the copy.
     """
 
     def __init__(self, *, reduce: Reducer | None = None, pos: Cut | None = None, batch: Cut | None = None,
-                 dtype: torch.dtype | None = None, device: torch.device | str | None = None, copy: bool = True):
+                 dtype: torch.dtype | None = None, device: torch.device | str | None = None):
         self.reduce, self.pos, self.batch, self.dtype, self.device = reduce, pos, batch, dtype, device
         self.plain = all(option is None for option in (reduce, pos, batch, dtype, device))
-        self.copy = copy
         self.held: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.axes: dict[str, tuple[str, ...]] = {}
@@ -76,12 +74,7 @@ class Recorder:
         self._forget_reducer()
 
     def __call__(self, activation: Tensor, /, *, hook: Any) -> None:
-        if not self.plain:
-            self.held[hook.site] = self._kept(activation, hook)
-        elif self.copy or not _owns_its_memory(activation):
-            self.held[hook.site] = activation.detach().clone()
-        else:
-            self.held[hook.site] = activation.detach()
+        self.held[hook.site] = activation.detach().clone() if self.plain else self._kept(activation, hook)
 
     def backward(self, gradient: Tensor, /, *, hook: Any) -> None:
         self.gradients[hook.site] = self._kept(gradient, hook)
@@ -261,11 +254,6 @@ class Recording(Mapping[str, Tensor]):
             held = [key for key in self._held if key.startswith(f"{site.name}@")]
             raise SiteError(f"{site} was not recorded in this run; of {site.name} there are "
                             f"{', '.join(held) or 'none'}. Add it to names_filter.") from None
-
-
-def _owns_its_memory(value: Tensor) -> bool:
-    """Whether holding ``value`` keeps nothing else alive: a slice of queries, keys and values holds all three."""
-    return value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
 
 
 def _numpy(value: Tensor) -> Any:

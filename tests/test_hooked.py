@@ -69,7 +69,7 @@ def test_the_default_is_everything_but_the_results_per_head() -> None:
     assert set(rec) == {str(site) for site in model.site_space(2).all() if not site.name.endswith("hook_result")}
 
 
-def test_a_recording_is_a_mapping_that_holds_no_model() -> None:
+def test_a_recording_is_a_mapping_of_copies_that_holds_no_model() -> None:
     model, tokens = small_model(), small_tokens()
     with torch.no_grad():
         _, rec = model.run_with_cache(tokens, n_loops=2, names_filter="blocks.1.hook_resid_post")
