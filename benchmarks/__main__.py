@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.memory import import_ratio, peak
+from benchmarks.memory import import_ratio, peaks
 from benchmarks.speed import SMALL, WIDE, measure
 
 LOOPS = (1, 8, 24)
@@ -29,12 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
         times[size.name], compared = measure(size, rounds=options.rounds or (5 if options.quick else None))
         lines += compared
     print("memory and imports, in processes of their own …", flush=True)
-    peaks = {(n, reduced): peak(n, reduce=reduced, batch=4 if options.quick else 32)
-             for n in LOOPS for reduced in (True, False)}
-    lines += report.memory_lines(peaks) + report.import_lines(*import_ratio(2 if options.quick else 9))
-    print(report.comparison_table(lines), report.memory_table(peaks), sep="\n\n")
+    memory = peaks(LOOPS, processes=1 if options.quick else 9, batch=4 if options.quick else 32)
+    lines += report.memory_lines(memory) + report.import_lines(*import_ratio(2 if options.quick else 9))
+    print(report.comparison_table(lines), report.memory_table(memory), sep="\n\n")
     if not options.quick:
-        report.write(lines, times, peaks, Path(__file__).parents[1])
+        report.write(lines, times, memory, Path(__file__).parents[1])
 
 
 if __name__ == "__main__":

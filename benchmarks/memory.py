@@ -1,10 +1,11 @@
 """Peak memory of a run with a reducer at 1, 8 and 24 loops, and the time of ``import hooks``.
 
-Memory is measured twice, each in a process of its own: the peak of the allocator, from torch's profiler
-(exact), and by how much the run raised the peak resident size (what the system sees: fragmentation counts). The
-profiler takes memory itself, so the second runs without it.
+Memory is measured in two ways: the peak of the allocator, from torch's profiler (exact), and by how much the
+run raised the peak resident size (what the system sees: fragmentation counts). The profiler takes memory itself, so
+the second runs without it; and it depends on where the system happens to put things, so it is measured in several
+processes.
 
-    peak(n_loops=24, reduce=True)               # Peak(allocated_mb=…, resident_mb=…)
+    peaks([24], processes=7)[24, True]          # Peak(allocated_mb=53.0, resident_mb=array([…]))
     import_ratio(repeats=7)                     # import hooks ÷ import torch
 """
 
@@ -14,6 +15,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,16 +25,23 @@ from benchmarks.timing import Estimate, compare
 
 
 class Peak(NamedTuple):
-    """Peak memory of one run above what was there before it: allocated by torch, and resident in the process."""
+    """Peak memory of one run above what was there before it."""
 
     allocated_mb: float
-    resident_mb: float
+    resident_mb: np.ndarray  # [process]
 
 
-def peak(n_loops: int, *, reduce: bool, batch: int = 32, pos: int = 128, width: int = 256) -> Peak:
-    """Record resid_post of all layers and loops in a fresh process, reduced to norms or whole."""
-    arguments = {"n_loops": n_loops, "reduce": reduce, "batch": batch, "pos": pos, "width": width}
-    return Peak(_in_a_process({**arguments, "profiled": True}), _in_a_process({**arguments, "profiled": False}))
+def peaks(loops: Sequence[int], *, processes: int, batch: int = 32, pos: int = 128,
+          width: int = 256) -> dict[tuple[int, bool], Peak]:
+    """Record resid_post of all layers and loops in fresh processes, by turns; by (loops, reduced to norms or whole)."""
+    cases = [(n, reduce) for n in loops for reduce in (True, False)]
+
+    def mb(case: tuple[int, bool], profiled: bool) -> float:
+        return _in_a_process({"n_loops": case[0], "reduce": case[1], "batch": batch, "pos": pos, "width": width,
+                              "profiled": profiled})
+
+    resident = [{case: mb(case, False) for case in cases} for _ in range(processes)]
+    return {case: Peak(mb(case, True), np.array([turn[case] for turn in resident])) for case in cases}
 
 
 def _in_a_process(arguments: dict[str, object]) -> float:

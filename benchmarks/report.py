@@ -8,11 +8,12 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.memory import Peak
 from benchmarks.speed import Comparison
-from benchmarks.timing import Estimate, Times, milliseconds
+from benchmarks.timing import Estimate, Times, compare, milliseconds
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -28,14 +29,14 @@ def comparison_table(lines: list[Comparison]) -> str:
 
 def memory_table(peaks: dict[tuple[int, bool], Peak]) -> str:
     """Peak memory by loops, with a reducer and with everything kept; ratios against one loop."""
-    rows = ["| loops | reduced to norms: allocated | ÷ 1 loop | resident | ÷ 1 loop | everything kept: allocated "
-            "| resident |", "|---|---|---|---|---|---|---|"]
+    rows = ["| loops | reduced to norms: allocated | ÷ 1 loop | resident, median | ÷ 1 loop "
+            "| everything kept: allocated | resident, median |", "|---|---|---|---|---|---|---|"]
     one = peaks[1, True]
     for loops in sorted({loops for loops, _ in peaks}):
         reduced, whole = peaks[loops, True], peaks[loops, False]
         rows.append(f"| {loops} | {reduced.allocated_mb:.1f} MiB | {reduced.allocated_mb / one.allocated_mb:.3f} | "
-                    f"{reduced.resident_mb:.1f} MiB | {reduced.resident_mb / one.resident_mb:.3f} | "
-                    f"{whole.allocated_mb:.1f} MiB | {whole.resident_mb:.1f} MiB |")
+                    f"{np.median(reduced.resident_mb):.1f} MiB | {_ratio(reduced.resident_mb, one.resident_mb)} | "
+                    f"{whole.allocated_mb:.1f} MiB | {np.median(whole.resident_mb):.1f} MiB |")
     return "\n".join(rows)
 
 
@@ -46,12 +47,15 @@ def import_lines(ratio: Estimate, seconds: dict[str, float]) -> list[Comparison]
 
 def memory_lines(peaks: dict[tuple[int, bool], Peak]) -> list[Comparison]:
     most = max(loops for loops, _ in peaks)
-    lines = []
-    for what in Peak._fields:
-        ratio = getattr(peaks[most, True], what) / getattr(peaks[1, True], what)
-        lines.append(Comparison("–", f"peak {what.removesuffix('_mb')} memory with a reducer, {most} loops ÷ 1",
-                                Estimate(ratio, ratio, ratio), 1.1))
-    return lines
+    many, one = peaks[most, True], peaks[1, True]
+    allocated = many.allocated_mb / one.allocated_mb
+    return [Comparison("–", f"peak {what} memory with a reducer, {most} loops ÷ 1", ratio, 1.1)
+            for what, ratio in (("allocated", Estimate(allocated, allocated, allocated)),
+                                ("resident", _ratio(many.resident_mb, one.resident_mb)))]
+
+
+def _ratio(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+    return compare({"ours": ours, "theirs": theirs}, "ours", "theirs")
 
 
 def times_table(times: dict[str, Times]) -> str:
@@ -71,7 +75,8 @@ def write(lines: list[Comparison], times: dict[str, Times], peaks: dict[tuple[in
         "with 95% bootstrap intervals over rounds; times are processor time on one thread "
         f"({platform.machine()}, {platform.system()}, torch {torch.__version__}).",
         summary, "## Memory", "One head, two looped and one tail layer of width 256, batch 32 × 128, resid_post of "
-        "every layer and loop; a process of its own for each row.", memory_table(peaks),
+        f"every layer and loop; resident size in {len(peaks[1, True].resident_mb)} processes of each kind.",
+        memory_table(peaks),
         "## Times", times_table(times)])
     (root / "benchmarks" / "results.md").write_text(text + "\n")
     readme = root / "README.md"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.diffusion import corrupt
 from studies.tasks import TASKS, Arithmetic, Automaton, Pointer, Sudoku, Task, Text, load_task
 from studies.tasks import brown as brown_corpus
-from studies.tasks.make_sudoku import Make, Solver, dig, full_grid, make
-from studies.tasks.sudoku import MAX_ROUNDS, Shape
 
 SENTENCES = ("The people of the United States met the Congress.", "Peace is with us! Commerce, too, has grown.",
              "What remains? A debt of 1,000 dollars, the Secretary said.", "Our navy sails; the army stands.")
@@ -167,6 +164,8 @@ def test_unknown_task() -> None:
     (Pointer, {"min_keys": 9}, "min_keys must be"),
     (Pointer, {"hops": 0}, "hops must be"),
     (Pointer, {"min_hops": 7}, "min_hops must be"),
+    (Pointer, {"chains": 9}, "chains must be 1..8"),
+    (Pointer, {"chains": 3, "min_keys": 2}, "chains must be 1..2"),
     (Text, {"length": 1}, "length must be at least 2"),
 ])
 def test_impossible_difficulty(kind: type[Task], values: dict[str, Any], message: str) -> None:
@@ -190,157 +189,6 @@ def test_automaton_follows_its_rule() -> None:
                 assert above[row, column] == int(f"{left}{centre}{right}", 2)
     assert not batch.free.view(-1, 5, 9)[:, 0].any()
     assert batch.free.view(-1, 5, 9)[:, 1:].all()
-
-
-# ------------------------------------------------------------------------------------- sudoku
-
-
-def slow_singles(solution: list[int], given: list[bool], size: int) -> tuple[list[int], list[list[set[int]]]]:
-    """Rounds of naked and hidden singles with Python sets; (round per cell, candidates before each round)."""
-    box_rows, box_columns = {6: (2, 3), 9: (3, 3)}[size]
-    units: dict[tuple[str, int, int], list[int]] = defaultdict(list)
-    for cell in range(size * size):
-        row, column = divmod(cell, size)
-        for key in (("row", row, 0), ("column", column, 0), ("box", row // box_rows, column // box_columns)):
-            units[key].append(cell)
-    known = {cell: solution[cell] for cell in range(size * size) if given[cell]}
-    when = [0 if g else -1 for g in given]
-    history = []
-    for number in range(1, size * size + 2):
-        candidates = []
-        for cell in range(size * size):
-            seen = {known[other] for unit in units.values() if cell in unit for other in unit if other in known}
-            candidates.append({known[cell]} if cell in known else set(range(size)) - seen)
-        history.append(candidates)
-        found = {}
-        for cell in range(size * size):
-            if cell not in known and len(candidates[cell]) == 1:
-                found[cell] = next(iter(candidates[cell]))
-        for unit in units.values():
-            for digit in range(size):
-                places = [cell for cell in unit if digit in candidates[cell]]
-                if len(places) == 1 and places[0] not in known:
-                    found[places[0]] = digit
-        if not found:
-            break
-        for cell, digit in found.items():
-            assert digit == solution[cell], "singles are sound"
-            when[cell] = number
-        known |= found
-    return when, history
-
-
-@pytest.mark.parametrize("level", ["singles", "search"])
-def test_sudoku_latents(level: Any) -> None:
-    task = Sudoku(size=6, level=level)
-    batch = task.sample(12, seed=0, split="test")
-    latents = task.latents(batch.tokens, batch.free)
-    for example in range(12):
-        when, history = slow_singles(batch.tokens[example].tolist(), (~batch.free[example]).tolist(), 6)
-        expected = [MAX_ROUNDS + 1 if w < 0 else min(w, MAX_ROUNDS) for w in when]
-        assert latents["round"].values[example].tolist() == expected
-        assert (-1 in when) == (level == "search")
-        for number in range(4):
-            sets = history[min(number, len(history) - 1)]
-            assert latents[f"candidates_{number}"].values[example].tolist() == [sum(2 ** d for d in s) for s in sets]
-            assert latents[f"n_candidates_{number}"].values[example].tolist() == [len(s) for s in sets]
-
-
-def canonical(solutions: Tensor) -> Tensor:
-    """Digits renamed in order of appearance: equal for boards that are equal up to relabelling."""
-    size = int(solutions.max()) + 1
-    return solutions[:, :size].argsort(1).gather(1, solutions)
-
-
-@pytest.mark.parametrize("size", [6, 9])
-def test_sudoku_splits_are_disjoint_up_to_relabelling(size: int) -> None:
-    task = Sudoku(size=size)
-    train, test = (task.puzzles(split)[0] for split in ("train", "test"))
-    assert len(test) >= 0.05 * len(train)
-    assert not rows(canonical(train)) & rows(canonical(test))
-    drawn = task.sample(500, seed=0).tokens   # sampling relabels: still boards of its own split only
-    assert rows(canonical(drawn)) <= rows(canonical(train))
-    assert len(drawn[:, 0].unique()) == size, "digits are relabelled"
-
-
-@pytest.mark.parametrize("size", [6, 9])
-def test_sudoku_boards_are_valid(size: int) -> None:
-    for split in ("train", "test"):
-        solutions, _ = Sudoku(size=size).puzzles(split)
-        boards = solutions.view(-1, size, size)
-        wanted = torch.arange(size).expand(len(boards), size, size)
-        height = 2 if size == 6 else 3
-        boxes = boards.view(-1, size // height, height, size // 3, 3).transpose(2, 3).reshape(-1, size, size)
-        for units in (boards, boards.transpose(1, 2), boxes):
-            assert torch.equal(units.sort(-1).values, wanted)
-
-
-def solutions_of(puzzle: list[int], size: int, limit: int) -> list[list[int]]:
-    """Every solution, by trying all digits at the first blank with fewest options (−1 is a blank)."""
-    height = 2 if size == 6 else 3
-
-    def options(board: list[int], cell: int) -> list[int]:
-        row, column = divmod(cell, size)
-        return [d for d in range(size) if not any(
-            board[other] == d and (other // size == row or other % size == column or
-                                   (other // size // height == row // height and other % size // 3 == column // 3))
-            for other in range(size * size))]
-
-    blanks = [(len(options(puzzle, cell)), cell) for cell in range(size * size) if puzzle[cell] < 0]
-    if not blanks:
-        return [puzzle]
-    _, cell = min(blanks)
-    found: list[list[int]] = []
-    for digit in options(puzzle, cell):
-        found += solutions_of([*puzzle[:cell], digit, *puzzle[cell + 1:]], size, limit - len(found))
-        if len(found) >= limit:
-            break
-    return found
-
-
-@pytest.mark.parametrize("level", ["singles", "search"])
-def test_sudoku_has_one_solution(level: Any) -> None:
-    batch = Sudoku(size=6, level=level).sample(6, seed=5)
-    for tokens, free in zip(batch.tokens, batch.free, strict=True):
-        puzzle = tokens.masked_fill(free, -1).tolist()
-        assert solutions_of(puzzle, 6, limit=2) == [tokens.tolist()]
-
-
-def test_sudoku_extra_givens() -> None:
-    hard, easy = (Sudoku(size=6, extra_givens=extra).sample(30, seed=0) for extra in (0, 3))
-    assert torch.equal(hard.tokens, easy.tokens)
-    assert torch.equal(hard.free.sum(1) - 3, easy.free.sum(1))
-    assert not (easy.free & ~hard.free).any(), "clues are only added"
-
-
-def test_sudoku_maker(tmp_path: Path) -> None:
-    path = make(Make(size=6, puzzles=12, seed=1, out=tmp_path))
-    first = path.read_bytes()
-    with np.load(path, allow_pickle=False) as data:
-        solutions, given = data["solutions"], np.unpackbits(data["givens"], axis=1, count=36)
-        rounds, test = data["rounds"], data["test"]
-    assert 0 < test.sum() < len(test)
-    for solution, clues, number in zip(solutions.tolist(), given.tolist(), rounds.tolist(), strict=True):
-        when, _ = slow_singles(solution, [bool(c) for c in clues], 6)
-        assert number == (0 if -1 in when else max(when))
-        for cell in range(36):   # irreducible: without any one clue there is another solution
-            if clues[cell]:
-                fewer = [d if c and i != cell else -1 for i, (d, c) in enumerate(zip(solution, clues, strict=True))]
-                assert len(solutions_of(fewer, 6, limit=2)) == 2
-    make(Make(size=6, puzzles=12, seed=1, out=tmp_path))
-    assert path.read_bytes() == first
-
-
-def test_sudoku_maker_stops_at_min_givens() -> None:
-    import random
-
-    solver, rng = Solver(6), random.Random(0)
-    puzzle = dig(solver, full_grid(solver, rng), rng, min_givens=20)
-    assert sum(d > 0 for d in puzzle) == 20
-
-
-def test_shape_of_boxes() -> None:
-    assert Shape(6).unit_of_cell[2].view(6, 6)[:3].tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]]
 
 
 # -------------------------------------------------------------------------- arithmetic, pointer
@@ -378,32 +226,35 @@ def test_arithmetic_keeps_every_value_needed() -> None:
     assert task.factors == [3, 5, 7]
 
 
-@pytest.mark.parametrize("task", [Pointer(5, 4), Pointer(6, 5, entities=9, min_keys=2, min_hops=1)], ids=str)
+@pytest.mark.parametrize("task", [Pointer(5, 4), Pointer(6, 5, entities=9, min_keys=2, min_hops=1),
+                                  Pointer(6, 4, chains=3), Pointer(6, 3, chains=2, min_keys=3, min_hops=1)], ids=str)
 def test_pointer_against_a_dictionary(task: Pointer) -> None:
     batch = task.sample(60, seed=0)
     latents = task.latents(batch.tokens)
     lengths = set()
     for example in range(60):
-        pairs, chain = task.decode(batch.tokens[example]).split(" | ")
+        pairs, *chains = task.decode(batch.tokens[example]).split(" | ")
         f = dict(pair.split(">") for pair in pairs.split() if pair != "_>_")
         assert len(set(f.values())) == len(f), "a permutation"
-        hops = [entity for entity in chain.split() if entity != "_"]
-        lengths.add((len(f), len(hops)))
         used: dict[str, int] = {}
-        for hop, (before, after) in enumerate(pairwise(hops), start=1):
-            assert f[before] == after
-            used.setdefault(before, hop)
-        orbit = [hops[0]]
-        while (entity := f[orbit[-1]]) != hops[0]:
+        paths = [[entity for entity in chain.split() if entity != "_"] for chain in chains]
+        assert len(paths) == len({path[0] for path in paths}) == task.chains, "starts differ"
+        for place, hops in enumerate(paths):
+            lengths.add((len(f), len(hops)))
+            for hop, (before, after) in enumerate(pairwise(hops), start=1):
+                assert f[before] == after
+                used[before] = min(used.get(before, hop), hop)
+            positions = slice(2 * task.keys + place * (task.hops + 1), 2 * task.keys + (place + 1) * (task.hops + 1))
+            assert latents["hop"].values[example, positions].tolist() == [
+                hop if hop < len(hops) else -1 for hop in range(task.hops + 1)]
+            assert batch.free[example, positions].tolist() == [0 < hop < len(hops) for hop in range(task.hops + 1)]
+        orbit = [paths[0][0]]
+        while (entity := f[orbit[-1]]) != paths[0][0]:
             orbit.append(entity)
         assert set(orbit) == set(f), "one cycle through all keys"
-        expected = [hop if hop < len(hops) else -1 for hop in range(task.hops + 1)]
-        assert latents["hop"].values[example, 2 * task.keys:].tolist() == expected
         keys = [pair.split(">")[0] for pair in pairs.split()]
         assert latents["used_at"].values[example, :2 * task.keys:2].tolist() == [
             -1 if key == "_" else used.get(key, 0) for key in keys]
-        free = batch.free[example, 2 * task.keys:].tolist()
-        assert free == [0 < hop < len(hops) for hop in range(task.hops + 1)]
     assert len(lengths) > 8 if task.min_keys else len(lengths) == 1, "the curriculum mixes lengths"
 
 

@@ -1,11 +1,14 @@
-"""Following pointers: f as shuffled key–value pairs, then the chain x, f(x), f²(x), … to fill in.
+"""Following pointers: f as shuffled key–value pairs, then chains x, f(x), f²(x), … to fill in.
 
 Where the automaton is local, this task looks up by content: each hop needs the pair whose key
-is the entity before. The pairs and the chain's start are given, the rest of the chain is free.
+is the entity before. The pairs and each chain's start are given, the rest of the chains is free.
 The permutation is a single cycle, so that a chain repeats nothing before it has seen every key.
 
     >>> print(Pointer(keys=4, hops=3).decode(Pointer(keys=4, hops=3).sample(1, seed=0).tokens[0]))
     c>a d>b a>d b>c | a d b c
+
+With one chain an example teaches little, and small models stay at guessing for long; ``chains`` asks
+the same function from several starts at once.
 
 ``min_keys`` and ``min_hops`` below their maxima make a curriculum: examples then use any number
 of keys and hops in the range, and the rest of the sequence is blank.
@@ -41,6 +44,7 @@ class Pointer(Task):
     keys: int = 8                    # most pairs in an example, 2..26
     hops: int = 6                    # most hops in a chain
     entities: int = 0                # names to choose keys from; 0 means as many as keys
+    chains: int = 1                  # chains in an example, from different starts
     min_keys: int = 0                # fewest pairs in an example; 0 means always ``keys``
     min_hops: int = 0                # fewest hops that are filled in; 0 means always ``hops``
 
@@ -52,6 +56,9 @@ class Pointer(Task):
             raise ValueError(f"hops must be at least 1, not {self.hops}.")
         if self.min_keys and not 2 <= self.min_keys <= self.keys:
             raise ValueError(f"min_keys must be 0 or 2..{self.keys}, not {self.min_keys}.")
+        if not 1 <= self.chains <= (self.min_keys or self.keys):
+            raise ValueError(f"chains must be 1..{self.min_keys or self.keys}, the fewest keys that there are to "
+                             f"start from, not {self.chains}.")
         if not 0 <= self.min_hops <= self.hops:
             raise ValueError(f"min_hops must be 0..{self.hops}, not {self.min_hops}.")
 
@@ -69,7 +76,7 @@ class Pointer(Task):
 
     @property
     def seq_len(self) -> int:
-        return 2 * self.keys + self.hops + 1
+        return 2 * self.keys + self.chains * (self.hops + 1)
 
     def sample(self, n: int, seed: int, split: str = "train") -> Batch:
         if split not in ("train", "test"):
@@ -82,60 +89,72 @@ class Pointer(Task):
             n_keys = torch.randint(self.min_keys or self.keys, self.keys + 1, (draws,), generator=generator)
             n_hops = torch.randint(self.min_hops or self.hops, self.hops + 1, (draws,), generator=generator)
             order = torch.rand(draws, self.keys, generator=generator).argsort(1)
+            starts = torch.zeros(draws, 1, dtype=torch.long)
+            if self.chains > 1:   # the ring's first key, and others in random order
+                rank = torch.rand(draws, self.keys, generator=generator)
+                rank[:, 0] = -1
+                rank = rank.masked_fill(torch.arange(self.keys) >= n_keys[:, None], 2)
+                starts = rank.argsort(1)[:, :self.chains]
             chosen = self._is_test(cycle, n_keys) == (split == "test")
-            kept = torch.cat([kept, self.layout(cycle[chosen], n_keys[chosen], n_hops[chosen], order[chosen])])
+            kept = torch.cat([kept, self.layout(*(x[chosen] for x in (cycle, n_keys, n_hops, order, starts)))])
         tokens = kept[:n]
         free = (self.regions() > 0) & (tokens != self.blank_id)
         return Batch(tokens, free)
 
     def layout(self, cycle: Int[Tensor, "example key"], n_keys: Int[Tensor, "example"],
-               n_hops: Int[Tensor, "example"], order: Int[Tensor, "example key"]) -> Int[Tensor, "example pos"]:
-        """Whole examples. The first ``n_keys`` of ``cycle`` follow one another in a ring; the chain starts at the
-        first one. ``order`` shuffles the pairs' places."""
+               n_hops: Int[Tensor, "example"], order: Int[Tensor, "example key"],
+               starts: Int[Tensor, "example chain"]) -> Int[Tensor, "example pos"]:
+        """Whole examples. The first ``n_keys`` of ``cycle`` follow one another in a ring; chains start at its places
+        ``starts``. ``order`` shuffles the pairs' places."""
         slot = torch.arange(self.keys)
         inside = slot < n_keys[:, None]
         values = cycle.gather(1, (slot + 1) % n_keys[:, None])
         pairs = torch.stack([cycle, values], -1).masked_fill(~inside[..., None], self.blank_id)
         pairs = pairs.gather(1, order[..., None].expand(-1, -1, 2))
         hop = torch.arange(self.hops + 1)
-        chain = cycle.gather(1, hop % n_keys[:, None]).masked_fill(hop > n_hops[:, None], self.blank_id)
-        return torch.cat([pairs.flatten(1), chain], 1)
+        places = (starts[:, :, None] + hop).flatten(1) % n_keys[:, None]
+        chains = cycle.gather(1, places).masked_fill(hop.repeat(self.chains) > n_hops[:, None], self.blank_id)
+        return torch.cat([pairs.flatten(1), chains], 1)
 
     def latents(self, tokens: Int[Tensor, "example pos"],
                 free: Bool[Tensor, "example pos"] | None = None) -> Mapping[str, Latent]:
         blank = tokens == self.blank_id
         pairs = tokens[:, :2 * self.keys].unflatten(1, (self.keys, 2))
-        chain = tokens[:, 2 * self.keys:]
-        # The hop at which a pair is first used: where its key stands in the chain, before the last hop.
-        match = (pairs[..., :1] == chain[:, None, :-1]) & (chain[:, None, 1:] != self.blank_id)
-        used = torch.where(match.any(-1), match.int().argmax(-1) + 1, 0).masked_fill(blank[:, :2 * self.keys:2], -1)
-        hop = torch.arange(self.hops + 1).expand(len(tokens), -1).masked_fill(blank[:, 2 * self.keys:], -1)
+        chains = tokens[:, 2 * self.keys:].unflatten(1, (self.chains, -1))
+        # The hop at which a pair is first used: where its key stands in a chain, before the last hop.
+        match = (pairs[:, :, :1, None] == chains[:, None, :, :-1]) & (chains[:, None, :, 1:] != self.blank_id)
+        places = match.any(2)                                                            # [example, pair, hop]
+        used = torch.where(places.any(-1), places.int().argmax(-1) + 1, 0).masked_fill(blank[:, :2 * self.keys:2], -1)
+        hop = torch.arange(self.hops + 1).repeat(self.chains).expand(len(tokens), -1)
+        hop = hop.masked_fill(blank[:, 2 * self.keys:], -1)
         undefined = torch.full_like(tokens[:, :2 * self.keys], -1)
         return {
             "entity": Latent(tokens.masked_fill(blank, -1), self.n_entities, "the entity itself"),
-            "hop": Latent(torch.cat([undefined, hop], 1), self.hops + 1, "hops from the start, on the chain"),
-            "used_at": Latent(torch.cat([used.repeat_interleave(2, 1), torch.full_like(chain, -1)], 1), self.hops + 1,
+            "hop": Latent(torch.cat([undefined, hop], 1), self.hops + 1, "hops from the start, on a chain"),
+            "used_at": Latent(torch.cat([used.repeat_interleave(2, 1), torch.full_like(hop, -1)], 1), self.hops + 1,
                               "the first hop that uses the pair, 0 if none does"),
         }
 
     def regions(self) -> Int[Tensor, "pos"]:
-        return torch.cat([torch.zeros(2 * self.keys, dtype=torch.long), torch.arange(self.hops + 1)])
+        pairs = torch.zeros(2 * self.keys, dtype=torch.long)
+        return torch.cat([pairs, torch.arange(self.hops + 1).repeat(self.chains)])
 
     def decode(self, tokens: Int[Tensor, "pos"]) -> str:
         names = self.token_names()
         words = [names[token] for token in tokens.tolist()]
         pairs = [f"{words[2 * i]}>{words[2 * i + 1]}" for i in range(self.keys)]
-        return f"{' '.join(pairs)} | {' '.join(words[2 * self.keys:])}"
+        chains = [" ".join(words[i:i + self.hops + 1]) for i in range(2 * self.keys, self.seq_len, self.hops + 1)]
+        return " | ".join([" ".join(pairs), *chains])
 
     def encode(self, text: str) -> Int[Tensor, "pos"]:
-        pairs, bar, chain = text.partition("|")
+        pairs, *chains = text.split("|")
         halves = [pair.split(">") for pair in pairs.split()]
-        words = [word for half in halves for word in half] + chain.split()
+        words = [word for half in halves for word in half] + [word for chain in chains for word in chain.split()]
         names = self.token_names()
-        if not bar or len(halves) != self.keys or any(len(half) != 2 for half in halves) or len(words) != self.seq_len \
-                or set(words) - set(names):
-            raise ValueError(f"expected {self.keys} pairs like 'a>b', a '|' and {self.hops + 1} entities, all out of "
-                             f"{names}.")
+        if len(halves) != self.keys or any(len(half) != 2 for half in halves) or len(chains) != self.chains \
+                or any(len(chain.split()) != self.hops + 1 for chain in chains) or set(words) - set(names):
+            raise ValueError(f"expected {self.keys} pairs like 'a>b' and {self.chains} times '|' and {self.hops + 1} "
+                             f"entities, all out of {names}.")
         return torch.tensor([names.index(word) for word in words])
 
     def token_names(self) -> list[str]:
@@ -143,7 +162,10 @@ class Pointer(Task):
 
     def position_names(self) -> list[str]:
         pairs = [f"pair {i + 1}, {what}" for i in range(self.keys) for what in ("key", "value")]
-        return [*pairs, "start", *(f"hop {hop}" for hop in range(1, self.hops + 1))]
+        chain = ["start", *(f"hop {hop}" for hop in range(1, self.hops + 1))]
+        if self.chains == 1:
+            return [*pairs, *chain]
+        return [*pairs, *(f"chain {i + 1}, {what}" for i in range(self.chains) for what in chain)]
 
     def model_defaults(self) -> dict[str, Any]:
         return {"d_model": 64, "n_heads": 4, "d_mlp": 256, "n_head_layers": 1, "n_loop_layers": 2,

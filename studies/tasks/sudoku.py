@@ -6,7 +6,8 @@ candidate left is determined (naked single), and so is a digit with one cell lef
 column or box (hidden single). A cell that never becomes determined needs search.
 
 Puzzles come from data/sudoku<size>.npz, made by make_sudoku.py; digits are relabelled at
-random, and no solution of the test split equals one of the training split after relabelling.
+random, and no solution of the test split equals one of the training split after relabelling, nor,
+with ``symmetries``, after any change of places that keeps the rules.
 
     >>> print(Sudoku(size=6).decode(puzzle))     # "." is a blank
     . . 2 | . . 5
@@ -98,6 +99,7 @@ class Sudoku(Task):
     size: int = 6                                        # 6 or 9 digits
     level: Literal["any", "singles", "search"] = "any"   # solved by singles alone, needs search, or either
     extra_givens: int = 0                                # blanks revealed at random beyond the puzzle's clues
+    symmetries: bool = False                             # train on the puzzles' mirror images too: see `images`
 
     def __post_init__(self) -> None:
         if self.size not in (6, 9):
@@ -135,10 +137,29 @@ class Sudoku(Task):
         names = torch.rand(n, self.size, generator=generator).argsort(1)
         tokens = names.gather(1, solutions[chosen])
         free = ~given[chosen]
+        if self.symmetries and split == "train":
+            cells = self.images(n, generator)
+            tokens, free = tokens.gather(1, cells), free.gather(1, cells)
         if self.extra_givens:
             order = torch.rand(free.shape, generator=generator).masked_fill(~free, 2.0).argsort(1).argsort(1)
             free = free & (order >= self.extra_givens)
         return Batch(tokens, free)
+
+    def images(self, n: int, generator: torch.Generator) -> Int[Tensor, "example cell"]:
+        """For each of ``n`` boards, which cell goes where in a random symmetry of the rules: bands, rows within a
+        band, stacks and columns within a stack change places, and rows with columns where boxes are square."""
+        box_rows, box_columns = Shape.BOXES[self.size]
+
+        def lines(together: int) -> Int[Tensor, "example line"]:
+            groups = torch.rand(n, self.size // together, generator=generator).argsort(1)
+            within = torch.rand(n, self.size // together, together, generator=generator).argsort(2)
+            return (groups[..., None] * together + within).flatten(1)
+
+        cells = lines(box_rows)[:, :, None] * self.size + lines(box_columns)[:, None, :]
+        if box_rows == box_columns:
+            turned = torch.rand(n, generator=generator) < 0.5
+            cells = torch.where(turned[:, None, None], cells.transpose(1, 2), cells)
+        return cells.flatten(1)
 
     def puzzles(self, split: str) -> tuple[Int[Tensor, "puzzle cell"], Bool[Tensor, "puzzle cell"]]:
         """All stored puzzles of a split at this level: solutions (first row 0, 1, 2, …) and clues."""
