@@ -1,27 +1,31 @@
-"""Peak memory of a run with a reducer at 1, 8 and 24 loops, and the time of ``import hooks``.
+"""Peak memory of a run with a reducer, without, and unrecorded at 1, 8 and 24 loops; the time of ``import hooks``.
 
 Memory is measured in two ways: the peak of the allocator, from torch's profiler (exact), and by how much the
 run raised the peak resident size (what the system sees: fragmentation counts). The profiler takes memory itself, so
 the second runs without it; and it depends on where the system happens to put things, so it is measured in several
 processes.
 
-    peaks([24], processes=7)[24, True]          # Peak(allocated_mb=53.0, resident_mb=array([…]))
+    peaks([24], processes=7)[24, "norms"]       # Peak(allocated_mb=53.0, resident_mb=array([…]))
     import_ratio(repeats=7)                     # import hooks ÷ import torch
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from benchmarks.timing import Estimate, compare
+
+Kept = Literal["nothing", "norms", "all"]
+"""What is recorded of resid_post of every layer and loop: no hooks at all, a reducer's norms, or everything."""
 
 
 class Peak(NamedTuple):
@@ -32,12 +36,12 @@ class Peak(NamedTuple):
 
 
 def peaks(loops: Sequence[int], *, processes: int, batch: int = 32, pos: int = 128,
-          width: int = 256) -> dict[tuple[int, bool], Peak]:
-    """Record resid_post of all layers and loops in fresh processes, by turns; by (loops, reduced to norms or whole)."""
-    cases = [(n, reduce) for n in loops for reduce in (True, False)]
+          width: int = 256) -> dict[tuple[int, Kept], Peak]:
+    """One forward in each of several fresh processes, by turns; by (loops, what is recorded)."""
+    cases: list[tuple[int, Kept]] = [(n, kept) for n in loops for kept in get_args(Kept)]
 
-    def mb(case: tuple[int, bool], profiled: bool) -> float:
-        return _in_a_process({"n_loops": case[0], "reduce": case[1], "batch": batch, "pos": pos, "width": width,
+    def mb(case: tuple[int, Kept], profiled: bool) -> float:
+        return _in_a_process({"n_loops": case[0], "kept": case[1], "batch": batch, "pos": pos, "width": width,
                               "profiled": profiled})
 
     resident = [{case: mb(case, False) for case in cases} for _ in range(processes)]
@@ -65,8 +69,8 @@ def import_ratio(repeats: int) -> tuple[Estimate, dict[str, float]]:
     return compare(arrays, "hooks", "torch"), {name: float(np.median(values)) for name, values in arrays.items()}
 
 
-def _one_run(n_loops: int, reduce: bool, batch: int, pos: int, width: int, profiled: bool) -> float:
-    """MiB that recording resid_post everywhere takes at its peak, above what was there before it."""
+def _one_run(n_loops: int, kept: Kept, batch: int, pos: int, width: int, profiled: bool) -> float:
+    """MiB that a run takes at its peak, above what was there before it."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -77,15 +81,18 @@ def _one_run(n_loops: int, reduce: bool, batch: int, pos: int, width: int, profi
     model = HookedLoopMDM(LoopMDMConfig(vocab_size=64, mask_token_id=63, max_seq_len=pos, d_model=width, n_heads=4,
                                         d_mlp=4 * width, max_loops=8)).eval()
     tokens = torch.randint(0, 64, (batch, pos), generator=torch.Generator().manual_seed(0))
-    reducer = Norm() if reduce else None
+    reducer = Norm() if kept == "norms" else None
 
     def record() -> None:
-        model.run_with_cache(tokens, n_loops, names_filter="blocks.*.hook_resid_post", reduce=reducer)
+        if kept == "nothing":
+            model(tokens, n_loops)
+        else:
+            model.run_with_cache(tokens, n_loops, names_filter="blocks.*.hook_resid_post", reduce=reducer)
 
     with torch.no_grad():
         model(tokens[:1], 1)
         if not profiled:
-            before = _resident_mb()
+            before = _resident_mb(afresh=True)
             record()
             return _resident_mb() - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
@@ -98,13 +105,16 @@ def _one_run(n_loops: int, reduce: bool, batch: int, pos: int, width: int, profi
     return most / 2 ** 20
 
 
-def _resident_mb() -> float:
-    """The process's peak resident size so far.
+def _resident_mb(*, afresh: bool = False) -> float:
+    """The process's peak resident size so far; ``afresh`` forgets earlier peaks first, where the system can.
 
     Linux counts a new process's ``ru_maxrss`` from its parent's size, so there the kernel's own mark is read.
     """
     status = Path("/proc/self/status")
     if status.exists():
+        if afresh:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) / 2 ** 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 10 if sys.platform != "darwin" else 2 ** 20)

@@ -53,20 +53,6 @@ def positions(tokens: Tensor, mask_token_id: int, only: str) -> Tensor:
     return (tokens == mask_token_id) == (only == "masked")
 
 
-def copied(activation: Tensor) -> Tensor:
-    """A copy outside the graph, made lazily: it shares memory until one of the two is written to (torch's
-    copy-on-write storage). A view of something larger is copied at once, so as not to keep the rest alive."""
-    value = activation.detach()
-    if (type(value) is Tensor and value.device.type in ("cpu", "cuda") and value.layout is torch.strided
-            and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-            and value.nbytes == value.untyped_storage().nbytes()):
-        try:
-            return value._lazy_clone()
-        except RuntimeError:   # memory that torch did not allocate, such as numpy's
-            pass
-    return value.clone()
-
-
 class Recorder:
     """The hook that keeps an activation. One instance serves every site of one run.
 
@@ -88,7 +74,7 @@ class Recorder:
         self._forget_reducer()
 
     def __call__(self, activation: Tensor, /, *, hook: Any) -> None:
-        self.held[hook.site] = copied(activation) if self.plain else self._kept(activation, hook)
+        self.held[hook.site] = activation.detach().clone() if self.plain else self._kept(activation, hook)
 
     def backward(self, gradient: Tensor, /, *, hook: Any) -> None:
         self.gradients[hook.site] = self._kept(gradient, hook)

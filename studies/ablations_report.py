@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
-from plotly.colors import qualitative
 
 CHANGES = {
     "base": "layers 1 and 2 of six looped, S ≤ 8", "one": "one looped layer", "four": "four looped layers",
@@ -23,6 +22,14 @@ CHANGES = {
     "no-qk-norm": "queries and keys not normalised", "loop-embedding": "a learned vector per loop",
     "smax4": "S ≤ 4 in training", "smax16": "S ≤ 16 in training"}
 """What each change is, in words."""
+
+ASKED = {"black": ("base",), "#0072B2": ("one", "four"), "#D55E00": ("first", "middle", "last", "all"),
+         "#009E73": ("injection",), "#E69F00": ("layernorm", "no-qk-norm"), "#CC79A7": ("loop-embedding",),
+         "#56B4E9": ("smax4", "smax16")}
+"""What is asked of the changes, by colour (Okabe and Ito's): how many layers, which, injection, norms, embedding,
+S_max."""
+
+DASHES = ("solid", "dash", "dot", "dashdot")
 
 SHARES = {"exact", "exact_more", "cells_once", "converged", "cyclic"}
 
@@ -49,21 +56,24 @@ def words(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def figures(curves: xr.Dataset) -> dict[str, tuple[str, go.Figure]]:
     """Accuracy over S, distance to the fixed point and step size over loops, a line per change."""
-    colours = ["black", *qualitative.Dark24]
+    style = {change: (colour, dash) for colour, changes in ASKED.items()
+             for change, dash in zip(changes, DASHES, strict=False)}
     drawn = {}
     for name, title, what, x_title, y_title, log in (
-            ("cells", "Accuracy over loops", "Each line is one change; the base is black.", "loops S in one forward",
-             "share of free cells right", False),
+            ("cells", "Accuracy over loops", "Each line is one change; the base is black, a colour is one question.",
+             "loops S in one forward", "share of free cells right", False),
             ("distance", "Distance to the fixed point", "A straight fall is a contraction by a constant factor per "
              "loop; a level line goes nowhere.", "loop", "‖X_k − X*‖, states of norm 1", True),
             ("step", "Step size", "How far the direction of the state still turns in a loop.", "loop",
              "‖X_k − X_(k−1)‖, states of norm 1", True)):
         figure = go.Figure()
-        for number, change in enumerate(curves.change.values.tolist()):
+        known = [change for change in style if change in curves.change]
+        for change in [*known, *(other for other in curves.change.values.tolist() if other not in style)]:
+            colour, dash = style.get(change, ("grey", "solid"))
             line = curves[name].sel(change=change).dropna(curves[name].dims[-1])
             figure.add_scatter(x=line[line.dims[0]].values, y=line.values, name=change,
                                mode="lines+markers" if name == "cells" else "lines",
-                               line={"color": colours[number % len(colours)], "width": 3 if change == "base" else 1.5})
+                               line={"color": colour, "dash": dash, "width": 3 if change == "base" else 1.8})
         figure.update_layout(template="plotly_white", width=860, height=440,
                              margin={"l": 70, "r": 20, "t": 30, "b": 60})
         figure.update_xaxes(title_text=x_title, type="log" if name == "cells" else None,

@@ -161,7 +161,8 @@ def _ablations(results: Results) -> None:
                f"{verdict['setting']['examples']} held-out examples, every free position masked. Ranges are over "
                "training seeds; a number without one is a single run.")
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
-    st.dataframe(pd.DataFrame(ablations_report.rows(verdict)), hide_index=True, width="stretch")
+    st.dataframe(pd.DataFrame(ablations_report.rows(verdict)), hide_index=True, width="stretch",
+                 column_config={"change": st.column_config.TextColumn(pinned=True)})  # the table is wider than the page
     with st.expander("Definitions", icon=":material/menu_book:"):
         st.markdown("\n".join(f"- **{m['name']}**: {m['definition']}" for m in verdict["measures"].values()))
     for number, (title, (what, drawn)) in enumerate(ablations_report.figures(results.datasets["curves"]).items()):
