@@ -147,7 +147,8 @@ def main(args: Longer) -> int:
     assert isinstance(task, Automaton)
     data = curves(seeds, args)
     said = words(data, task.rows)
-    verdict = {"words": said, "task": task.to_dict(), "entries": [entry.name for entry in entries],
+    verdict = {"more_rows": list(args.rows), "words": said, "task": task.to_dict(),
+               "entries": [entry.name for entry in entries],
                "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
     page = (f"<!doctype html><meta charset='utf-8'><title>LoopScope: more rows</title><body style='font-family:"
             f"sans-serif;max-width:860px;margin:2em auto'><h1>More rows than in training</h1><p>{html.escape(said)}</p>"

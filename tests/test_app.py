@@ -234,3 +234,12 @@ def test_only_the_app_imports_streamlit_and_figures_do_not() -> None:
             assert "streamlit" not in names, file
         if "figures" in file.parts:
             assert not names & {"torch", "hooks"}, f"{file} draws, and must not compute"
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "results").glob("*/verdict.json")))
+def test_every_bundled_study_is_shown(app: AppTest, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPSCOPE_RESULTS", str(ROOT / "results"))
+    opened(app, "verdict", study=study)
+    assert app.title[0].value
+    assert app.get("plotly_chart") or study.startswith("claims"), "a figure; claims have pictures"
+    assert all(labelled(drawn) for drawn in figures(app).values())

@@ -1,6 +1,6 @@
 """Verdict: the answer to the headline question, its evidence, its controls; and the paper's claims, judged.
 
-Reads what `studies/rerun.py`, `studies/compute.py` and `studies/ablations.py` wrote; computes nothing.
+Reads what `rerun.py`, `compute.py`, `ablations.py` and `longer.py` of studies/ wrote; computes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from streamlit.delta_generator import DeltaGenerator
 from app import data, show
 from app.figures.style import styled
 from app.figures.verdict import evidence
-from studies import ablations_report, rerun_report
+from studies import ablations_report, longer, rerun_report
 from studies.results import Results
 
 SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
@@ -31,6 +31,9 @@ def main() -> None:
         return
     if "ablations" in verdict:
         _ablations(results)
+        return
+    if "more_rows" in verdict:
+        _longer(results)
         return
     if missing := {"question", "operation", "content", "subjects", "table"} - set(verdict):
         st.error(f"The verdict in `{results.path}` lacks {', '.join(sorted(missing))}: it was made by another version. "
@@ -171,6 +174,17 @@ def _ablations(results: Results) -> None:
     _provenance(results)
 
 
+def _longer(results: Results) -> None:
+    """How far models get on more rows of an automaton than they were trained on."""
+    st.title("Does a model go on beyond the rows of its training?", anchor=False)
+    st.markdown(results.verdict["words"])
+    show.figure(styled(longer.figure(results.datasets["curves"]), height=460),
+                "Each model at the number of loops that serves it best; mean over training seeds. A line that stays up "
+                "would be an operation that loops go on applying.", name="longer", title="Cells right by row",
+                table=partial(_every_number, results))
+    _provenance(results)
+
+
 def _only_intervals(figure: go.Figure) -> bool:
     """Is this one of the report's figures of values from the table?"""
     return all(trace.type == "scatter" and trace.error_x.array is not None for trace in figure.data)
@@ -213,8 +227,12 @@ def _every_number(results: Results) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def _interval(cell: dict[str, float] | None) -> str:
-    return "" if cell is None else f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+def _interval(cell: dict[str, float | None] | None) -> str:
+    """Value and interval; a single run has no interval."""
+    if cell is None or cell["value"] is None:
+        return ""
+    interval = "" if cell["low"] is None or cell["high"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
+    return f"{cell['value']:.3f}{interval}"
 
 
 main()
