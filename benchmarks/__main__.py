@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         times[size.name], compared = measure(size, rounds=options.rounds or (5 if options.quick else None))
         lines += compared
     print("memory and imports, in processes of their own …", flush=True)
-    memory = peaks(LOOPS, processes=1 if options.quick else 5, batch=4 if options.quick else 32)
+    memory = peaks(LOOPS, processes=1 if options.quick else 3, batch=4 if options.quick else 32)
     lines += report.memory_lines(memory) + report.import_lines(*import_ratio(2 if options.quick else 9))
     print(report.comparison_table(lines), report.memory_table(memory), sep="\n\n")
     if not options.quick:

@@ -46,9 +46,9 @@ class Size:
 
 
 SMALL = Size("width 64, 4 layers, 8 loops (18 unrolled), batch 8 × 32", 64, 4, 1, 8, 8, 32,
-             rounds=200, extra_rounds=200)
+             rounds=100, extra_rounds=100)
 WIDE = Size("width 256, 12 layers, 8 loops (26 unrolled), batch 4 × 64", 256, 8, 9, 8, 4, 64,
-            rounds=40, extra_rounds=200)
+            rounds=20, extra_rounds=80)
 TINY = Size("tiny, for the tests", 16, 2, 1, 2, 2, 6, rounds=3, extra_rounds=3)
 
 
