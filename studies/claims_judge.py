@@ -144,8 +144,10 @@ def _training(letter: str, pooled: Mapping[str, xr.Dataset]) -> Judgement:
              for kind, name in (("twin", "twin"), ("deep", "deep twin"))
              if kind in ratio.kind and (count := int((ratio.sel(kind=kind) == 0).sum()))]
     note = f"The LoopMDM never reaches {' and '.join(never)} (counted as 0). " if never else ""
-    return Judgement(letter, claim, tuple(quantities), note + "The LoopMDM's learning rate is still high where it "
-                     "crosses the twin's last value, so a run tuned to stop there would need fewer FLOPs.")
+    if (ratio.sel(kind="twin") > 0).any():
+        note += ("The LoopMDM's learning rate is still high where it crosses the twin's last value, so a run tuned to "
+                 "stop there would need fewer FLOPs.")
+    return Judgement(letter, claim, tuple(quantities), note.strip())
 
 
 def _deep(letter: str, pooled: Mapping[str, xr.Dataset]) -> Judgement:
