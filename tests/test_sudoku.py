@@ -111,7 +111,7 @@ def cycle_types(board: np.ndarray) -> tuple[Any, ...]:
 def test_sudoku_symmetries_keep_the_splits_apart() -> None:
     """Any symmetry leaves the cycle types as they are, and no test solution has those of a training solution."""
     task = Sudoku(size=9, symmetries=True)
-    train, test = ({cycle_types(board.view(9, 9).numpy()) for board in unique(task.puzzles(split)[0])}
+    train, test = ({cycle_types(board.view(9, 9).numpy()) for board in canonical(task.puzzles(split)[0]).unique(dim=0)}
                    for split in ("train", "test"))
     assert len(train) > 1000
     assert not train & test
@@ -119,30 +119,24 @@ def test_sudoku_symmetries_keep_the_splits_apart() -> None:
     assert drawn <= train
 
 
-def unique(solutions: Tensor) -> Tensor:
-    return canonical(solutions).unique(dim=0)
-
-
-@pytest.mark.parametrize("size", [6, 9])
-def test_sudoku_symmetries_move_cells_and_clues_alike(size: int) -> None:
-    task = Sudoku(size=size, symmetries=True)
+def test_sudoku_symmetries_move_cells_and_clues_alike() -> None:
+    task = Sudoku(size=9, symmetries=True)
     cells = task.images(200, torch.Generator().manual_seed(0))
-    assert len(cells.unique(dim=0)) > 150
-    assert torch.equal(cells.sort(1).values, torch.arange(size * size).expand(200, -1))
-    plain, turned = Sudoku(size=size).sample(50, seed=3), task.sample(50, seed=3)
+    assert len(cells.unique(dim=0)) > 195
+    assert torch.equal(cells.sort(1).values, torch.arange(81).expand(200, -1))
+    plain, turned = Sudoku(size=9).sample(50, seed=3), task.sample(50, seed=3)
     assert torch.equal(plain.free.sum(1), turned.free.sum(1))
     assert not torch.equal(plain.free, turned.free)
     for batch in (plain, turned):   # a clue keeps its digit
         assert torch.equal(_counts(batch.tokens, batch.free), _counts(plain.tokens, plain.free))
-    assert torch.equal(Sudoku(size=size).sample(9, 0, "test").tokens, task.sample(9, 0, "test").tokens)
+    assert torch.equal(Sudoku(size=9).sample(9, 0, "test").tokens, task.sample(9, 0, "test").tokens)
 
 
 def _counts(tokens: Tensor, free: Tensor) -> Tensor:
     return torch.stack([((tokens == digit) & free).sum(1) for digit in range(9)])
 
 
-@pytest.mark.parametrize("size", [6, 9])
-@pytest.mark.parametrize("symmetries", [False, True])
+@pytest.mark.parametrize(("size", "symmetries"), [(6, False), (9, False), (9, True)])
 def test_sudoku_boards_are_valid(size: int, symmetries: bool) -> None:
     for split in ("train", "test"):
         task = Sudoku(size=size, symmetries=symmetries)

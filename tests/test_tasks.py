@@ -156,6 +156,7 @@ def test_unknown_task() -> None:
     (Automaton, {"width": 2}, "width must be at least 3"),
     (Sudoku, {"size": 8}, "size must be 6 or 9"),
     (Sudoku, {"level": "evil"}, "level must be"),
+    (Sudoku, {"size": 6, "symmetries": True}, "symmetries would turn training puzzles of size 6 into"),
     (Sudoku, {"extra_givens": 36}, "extra_givens must be 0..35"),
     (Arithmetic, {"modulus": 2}, "modulus must be 3..64"),
     (Arithmetic, {"steps": 26}, "steps must be 1..25"),

@@ -198,7 +198,7 @@ def _provenance(results: Results) -> None:
         if report.exists():
             st.download_button("Report", report.read_bytes, file_name=f"{results.path.name}.html", mime="text/html",
                                icon=":material/description:", on_click="ignore", key="report",
-                               help="Verdict, table and figures as one page that needs no network")
+                               help="Verdict, table and figures as one page")
         st.download_button("Verdict as JSON", (results.path / "verdict.json").read_bytes, icon=":material/data_object:",
                            file_name=f"{results.path.name}.json", mime="application/json", on_click="ignore",
                            key="json")

@@ -6,8 +6,9 @@ candidate left is determined (naked single), and so is a digit with one cell lef
 column or box (hidden single). A cell that never becomes determined needs search.
 
 Puzzles come from data/sudoku<size>.npz, made by make_sudoku.py; digits are relabelled at
-random, and no solution of the test split equals one of the training split after relabelling, nor,
-with ``symmetries``, after any change of places that keeps the rules.
+random, and no solution of the test split equals one of the training split after relabelling. In 9 × 9
+that is so after any change of places that keeps the rules, too, so ``symmetries`` may train on all images of
+a puzzle; 6 × 6 has too few different solutions for that.
 
     >>> print(Sudoku(size=6).decode(puzzle))     # "." is a blank
     . . 2 | . . 5
@@ -99,13 +100,16 @@ class Sudoku(Task):
     size: int = 6                                        # 6 or 9 digits
     level: Literal["any", "singles", "search"] = "any"   # solved by singles alone, needs search, or either
     extra_givens: int = 0                                # blanks revealed at random beyond the puzzle's clues
-    symmetries: bool = False                             # train on the puzzles' mirror images too: see `images`
+    symmetries: bool = False                             # train on the puzzles' images too: see `images`; 9 × 9 only
 
     def __post_init__(self) -> None:
         if self.size not in (6, 9):
             raise ValueError(f"size must be 6 or 9, not {self.size}.")
         if self.level not in ("any", "singles", "search"):
             raise ValueError(f"level must be 'any', 'singles' or 'search', not {self.level!r}.")
+        if self.symmetries and self.size != 9:
+            raise ValueError(f"symmetries would turn training puzzles of size {self.size} into those of the test "
+                             "split: use them with size 9.")
         if not 0 <= self.extra_givens < self.seq_len:
             raise ValueError(f"extra_givens must be 0..{self.seq_len - 1}, not {self.extra_givens}.")
 
@@ -147,19 +151,15 @@ class Sudoku(Task):
 
     def images(self, n: int, generator: torch.Generator) -> Int[Tensor, "example cell"]:
         """For each of ``n`` boards, which cell goes where in a random symmetry of the rules: bands, rows within a
-        band, stacks and columns within a stack change places, and rows with columns where boxes are square."""
-        box_rows, box_columns = Shape.BOXES[self.size]
+        band, stacks and columns within a stack change places, and rows with columns."""
+        def lines() -> Int[Tensor, "example line"]:
+            bands = torch.rand(n, 3, generator=generator).argsort(1)
+            within = torch.rand(n, 3, 3, generator=generator).argsort(2)
+            return (bands[..., None] * 3 + within).flatten(1)
 
-        def lines(together: int) -> Int[Tensor, "example line"]:
-            groups = torch.rand(n, self.size // together, generator=generator).argsort(1)
-            within = torch.rand(n, self.size // together, together, generator=generator).argsort(2)
-            return (groups[..., None] * together + within).flatten(1)
-
-        cells = lines(box_rows)[:, :, None] * self.size + lines(box_columns)[:, None, :]
-        if box_rows == box_columns:
-            turned = torch.rand(n, generator=generator) < 0.5
-            cells = torch.where(turned[:, None, None], cells.transpose(1, 2), cells)
-        return cells.flatten(1)
+        cells = lines()[:, :, None] * self.size + lines()[:, None, :]
+        turned = torch.rand(n, generator=generator) < 0.5
+        return torch.where(turned[:, None, None], cells.transpose(1, 2), cells).flatten(1)
 
     def puzzles(self, split: str) -> tuple[Int[Tensor, "puzzle cell"], Bool[Tensor, "puzzle cell"]]:
         """All stored puzzles of a split at this level: solutions (first row 0, 1, 2, …) and clues."""
