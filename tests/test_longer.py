@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from studies.longer import Longer, best_loops, lengthened, main, measure
+from studies.longer import Longer, lengthened, main, measure
+from studies.longer_report import best_loops
 from studies.results import read_results
 from studies.zoo import Entry, load
 from tests.small_zoo import TASK, make_zoo

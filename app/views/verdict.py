@@ -17,7 +17,7 @@ from streamlit.delta_generator import DeltaGenerator
 from app import data, show
 from app.figures.style import styled
 from app.figures.verdict import evidence
-from studies import ablations_report, longer, rerun_report
+from studies import ablations_report, longer_report, rerun_report
 from studies.results import Results
 
 SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
@@ -178,10 +178,8 @@ def _longer(results: Results) -> None:
     """How far models get on more rows of an automaton than they were trained on."""
     st.title("Does a model go on beyond the rows of its training?", anchor=False)
     st.markdown(results.verdict["words"])
-    show.figure(styled(longer.figure(results.datasets["curves"]), height=460),
-                "Each model at the number of loops that serves it best; mean over training seeds. A line that stays up "
-                "would be an operation that loops go on applying.", name="longer", title="Cells right by row",
-                table=partial(_every_number, results))
+    show.figure(styled(longer_report.figure(results.datasets["curves"]), height=460), longer_report.WHAT,
+                name="longer", title="Cells right by row", table=partial(_every_number, results))
     _provenance(results)
 
 
