@@ -13,8 +13,8 @@ hundreds of them runs as fast as one with none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
-from typing import Any, Protocol
+from collections.abc import Set
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -45,6 +45,14 @@ class LoopClock:
         self.ran, self.stopped_early = ran, ran < allowed
 
 
+class Attached(NamedTuple):
+    """A function at a hook point. ``fired`` collects the loops in which it was called."""
+
+    loops: Set[int] | None   # None: every loop
+    fn: HookFunction
+    fired: set[int]
+
+
 class HookPoint:
     """An identity that calls the functions attached to it.
 
@@ -57,7 +65,7 @@ class HookPoint:
         self.name = name
         self.clock = clock
         self.looped = looped
-        self.entries: list[tuple[Set[int] | None, HookFunction]] = []
+        self.entries: tuple[Attached, ...] = ()
 
     def __repr__(self) -> str:
         return f"HookPoint({self.name!r}, {len(self.entries)} attached)"
@@ -76,23 +84,26 @@ class HookPoint:
 
     def wanted(self) -> bool:
         """Is anything attached here for the loop that is running?"""
-        return not self.clock.muted and any(loops is None or self.clock.loop in loops for loops, _ in self.entries)
+        loop = self.clock.loop
+        return not self.clock.muted and any(loops is None or loop in loops for loops, _, _ in self.entries)
 
-    def add(self, fn: HookFunction, loops: Set[int] | None = None) -> Callable[[], None]:
-        """Attach ``fn`` (at every loop if ``loops`` is None); returns what detaches it again."""
-        entry: Any = (loops, fn)
-        self.entries.append(entry)
+    def add(self, fn: HookFunction, loops: Set[int] | None = None) -> Attached:
+        """Attach ``fn``, at every loop if ``loops`` is None."""
+        entry = Attached(loops, fn, set())
+        self.entries += (entry,)
+        return entry
 
-        def remove() -> None:
-            self.entries = [e for e in self.entries if e is not entry]
-
-        return remove
+    def remove(self, entry: Attached) -> None:
+        """Detach what `add` returned; nothing happens if it is gone already."""
+        self.entries = tuple(other for other in self.entries if other is not entry)
 
     def _fire(self, activation: Tensor) -> Tensor:
         if self.clock.muted:
             return activation
-        for loops, fn in tuple(self.entries):
-            if loops is None or self.clock.loop in loops:
+        loop = self.clock.loop
+        for loops, fn, fired in self.entries:
+            if loops is None or loop in loops:
+                fired.add(loop)
                 replacement = fn(activation, hook=self)
                 if replacement is not None:
                     activation = replacement

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooks.edits import Edit, PlanEdit, attachments
-from hooks.hook_points import HookFunction, HookPoint
+from hooks.hook_points import Attached, HookFunction, HookPoint
 from hooks.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 HookList = Sequence[tuple[SitePattern, HookFunction] | Edit]
 """[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``, and edits of `hooks.edits`."""
 
-
-Pending = set[tuple[str, int | None]]
-"""(name, loop) of the hooked sites that have not fired yet."""
 
 
 class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
@@ -96,10 +93,11 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         with (self.hooks(fwd_hooks=[(patterns, recorder)], bwd_hooks=backward, n_loops=n_loops),
               torch.set_grad_enabled(loss_fn is not None or torch.is_grad_enabled())):
             logits = self(tokens, n_loops, t=t)
+            topology = self.config.topology(self.clock.ran)
             if loss_fn is not None:
                 loss_fn(logits).backward()
         names = {site.name: space.names[site.name] for site in sites}
-        return logits, recorder.recording(names, self.config.topology(len(self.plan(n_loops))))
+        return logits, recorder.recording(names, topology)
 
     @contextmanager
     def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), *,
@@ -111,57 +109,57 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         a forward ran.
         """
         n_loops = self._checked_loops(n_loops)
-        with self.exclusive():
-            removers: list[Callable[[], None]] = []
-            pending: Pending = set()
+        with self._lock:
+            attached: list[tuple[HookPoint, Attached]] = []
             replans = self.replans
             try:
                 self.replans = (*replans, *(edit.replan for edit in fwd_hooks if isinstance(edit, PlanEdit)))
                 space = self.site_space(n_loops)
                 for pattern, fn in attachments(fwd_hooks, space):
-                    self._attach(space.resolve(pattern), fn, pending, removers)
+                    attached += self._attach(space.resolve(pattern), fn)
                 for pattern, fn in attachments(bwd_hooks, space):
-                    self._attach(space.resolve(pattern), _on_backward(fn), set(), removers)
+                    attached += self._attach(space.resolve(pattern), _on_backward(fn))
                 runs_before = self.clock.runs
                 yield self
             finally:
                 self.replans = replans
-                for remove in removers:
-                    remove()
+                for point, entry in attached:
+                    point.remove(entry)
             if self.clock.runs > runs_before:
-                self._refuse_unfired(pending, n_loops)
+                self._refuse_unfired(attached, n_loops)
 
     def add_hook(self, site: SitePattern, fn: HookFunction, *, n_loops: int | None = None) -> Callable[[], None]:
         """Attach ``fn`` until the returned function (or `reset_hooks`) is called. Prefer `hooks`."""
-        removers: list[Callable[[], None]] = []
-        self._attach(self.site_space(n_loops).resolve(site), fn, set(), removers)
+        attached = self._attach(self.site_space(n_loops).resolve(site), fn)
 
         def detach() -> None:
-            for remove in removers:
-                remove()
+            for point, entry in attached:
+                point.remove(entry)
 
         return detach
 
     def reset_hooks(self) -> None:
         """Detach everything."""
         for point in self.hook_points.values():
-            point.entries = []
+            point.entries = ()
 
-    def _attach(self, sites: list[Site], fn: HookFunction, pending: Pending,
-                removers: list[Callable[[], None]]) -> None:
+    def _attach(self, sites: list[Site], fn: HookFunction) -> list[tuple[HookPoint, Attached]]:
         by_name: dict[str, set[int]] = {}
         for site in sites:
             by_name.setdefault(site.name, set()).update(site.loop)
-        pending.update((site.name, site.loop[0] if site.loop else None) for site in sites)
-        for name, loops in by_name.items():
-            point = self.hook_points[name]
-            removers.append(point.add(_ticking(fn, pending, point), loops if point.looped else None))
+        points = [(self.hook_points[name], loops) for name, loops in by_name.items()]
+        return [(point, point.add(fn, loops if point.looped else None)) for point, loops in points]
 
-    def _refuse_unfired(self, pending: Pending, n_loops: int) -> None:
-        missed = sorted(name if loop is None else f"{name}@{loop}" for name, loop in pending
-                        if loop is None or loop < self.clock.ran or not self.clock.stopped_early)
+    def _refuse_unfired(self, attached: list[tuple[HookPoint, Attached]], n_loops: int) -> None:
+        missed: list[str] = []
+        for point, (loops, _, fired) in attached:
+            if loops is None:
+                missed += [] if fired else [point.name]
+            elif not loops <= fired:  # adaptive looping may stop before a loop, and says so
+                missed += [f"{point.name}@{loop}" for loop in loops - fired
+                           if loop < self.clock.ran or not self.clock.stopped_early]
         if missed:
-            raise RuntimeError(f"{len(missed)} hooked site(s) never fired, {missed[0]} first: the hooks were placed "
+            raise RuntimeError(f"{len(missed)} hooked site(s) never fired, {min(missed)} first: the hooks were placed "
                                f"for {n_loops} loops and the last forward ran {self.clock.ran}. Give hooks() and "
                                "the forward the same n_loops.")
 
@@ -228,15 +226,6 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         _check_state(model, state, path)
         model.load_state_dict(state)
         return model.to(map_location).eval()
-
-
-def _ticking(fn: HookFunction, pending: Pending, point: HookPoint) -> HookFunction:
-    """``fn``, crossing its site off ``pending`` when it fires."""
-    def call(activation: Tensor, /, *, hook: HookPoint) -> Tensor | None:
-        if pending:
-            pending.discard((point.name, point.loop))
-        return fn(activation, hook=hook)
-    return call
 
 
 def _on_backward(fn: HookFunction) -> HookFunction:

@@ -73,7 +73,7 @@ def attend(q: Float[Tensor, "batch head pos d_head"], k: Float[Tensor, "batch he
 
     Under autocast on a CPU it stays in float32: in bfloat16 torch's kernel takes six times as long there.
     """
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if v.dtype is not torch.float32 and torch.is_autocast_enabled("cpu") and q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     return F.scaled_dot_product_attention(q, k, v)
@@ -112,8 +112,11 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, pos, 3, self.n_heads, self.d_head).unbind(2)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if self.qk_norm:
-            q = F.rms_norm(q.to(self.q_norm.dtype), (self.d_head,), self.q_norm, self.eps)  # autocast halves q and k
-            k = F.rms_norm(k.to(self.k_norm.dtype), (self.d_head,), self.k_norm, self.eps)
+            q_norm, k_norm = self.q_norm, self.k_norm
+            if q.dtype is not q_norm.dtype:  # autocast halves q and k
+                q, k = q.to(q_norm.dtype), k.to(k_norm.dtype)
+            q = F.rms_norm(q, (self.d_head,), q_norm, self.eps)
+            k = F.rms_norm(k, (self.d_head,), k_norm, self.eps)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k = self.hook_rot_q(q).transpose(1, 2), self.hook_rot_k(k).transpose(1, 2)

@@ -149,7 +149,7 @@ class LoopMDM(nn.Module):
         self.hook_points: dict[str, HookPoint] = {}
         self.replans: tuple[Replan, ...] = ()  # edits of the order of loops and layers, set by HookedLoopMDM.hooks
         self._spaces: dict[int, SiteSpace] = {}
-        self._rotary_cut: tuple[Tensor, Rotary] | None = None
+        self._rotary_cut: tuple[Tensor, int, Rotary] | None = None
         self._lock = threading.RLock()
         d = config.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
@@ -365,9 +365,9 @@ class LoopMDM(nn.Module):
         if self.config.position == "learned":
             return None
         cos = self.rotary_cos
-        if self._rotary_cut is None or self._rotary_cut[0] is not cos or len(self._rotary_cut[1][0]) != pos:
-            self._rotary_cut = cos, (cos[:pos], self.rotary_sin[:pos])
-        return self._rotary_cut[1]
+        if (cut := self._rotary_cut) is None or cut[0] is not cos or cut[1] != pos:
+            self._rotary_cut = cut = cos, pos, (cos[:pos], self.rotary_sin[:pos])
+        return cut[2]
 
     def _checked_loops(self, n_loops: int | None) -> int:
         n_loops = self.config.max_loops if n_loops is None else n_loops
