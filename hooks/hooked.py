@@ -39,7 +39,6 @@ HookList = Sequence[tuple[SitePattern, HookFunction] | Edit]
 """[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``, and edits of `hooks.edits`."""
 
 
-
 class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
                     tags=["looped-transformer", "masked-diffusion"]):
     """A LoopMDM with TransformerLens' recording and editing, per loop."""
@@ -109,7 +108,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         a forward ran.
         """
         n_loops = self._checked_loops(n_loops)
-        with self._lock:
+        with self.exclusive():
             attached: list[tuple[HookPoint, Attached]] = []
             replans = self.replans
             try:
@@ -151,13 +150,13 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
         return [(point, point.add(fn, loops if point.looped else None)) for point, loops in points]
 
     def _refuse_unfired(self, attached: list[tuple[HookPoint, Attached]], n_loops: int) -> None:
-        missed: list[str] = []
+        missed: set[str] = set()
         for point, (loops, _, fired) in attached:
-            if loops is None:
-                missed += [] if fired else [point.name]
-            elif not loops <= fired:  # adaptive looping may stop before a loop, and says so
-                missed += [f"{point.name}@{loop}" for loop in loops - fired
-                           if loop < self.clock.ran or not self.clock.stopped_early]
+            if loops is not None:  # adaptive looping may stop before a loop, and says so
+                missed.update(f"{point.name}@{loop}" for loop in loops - fired
+                              if loop < self.clock.ran or not self.clock.stopped_early)
+            elif not fired:
+                missed.add(point.name)
         if missed:
             raise RuntimeError(f"{len(missed)} hooked site(s) never fired, {min(missed)} first: the hooks were placed "
                                f"for {n_loops} loops and the last forward ran {self.clock.ran}. Give hooks() and "

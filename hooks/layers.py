@@ -73,7 +73,7 @@ def attend(q: Float[Tensor, "batch head pos d_head"], k: Float[Tensor, "batch he
 
     Under autocast on a CPU it stays in float32: in bfloat16 torch's kernel takes six times as long there.
     """
-    if v.dtype is not torch.float32 and torch.is_autocast_enabled("cpu") and q.device.type == "cpu":
+    if torch.is_autocast_enabled("cpu") and q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     return F.scaled_dot_product_attention(q, k, v)

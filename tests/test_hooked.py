@@ -280,6 +280,17 @@ def test_a_hook_that_should_have_fired_and_did_not_is_an_error_after_the_run() -
         pass  # no forward, no complaint
 
 
+def test_functions_on_gradients_that_never_fire_are_an_error_and_a_site_counts_once() -> None:
+    model, tokens = small_model(), small_tokens()
+    hooks: Any = [("blocks.1.hook_resid_post@3", lambda x, hook: None)]
+    with (pytest.raises(RuntimeError, match=r"1 hooked site\(s\) never fired, blocks.1.hook_resid_post@3 first"),
+          model.hooks(hooks, bwd_hooks=hooks, n_loops=4)):
+        model(tokens, 2)
+    with (pytest.raises(RuntimeError, match=r"1 hooked site\(s\) never fired, blocks.1.hook_resid_post@3 first"),
+          model.hooks(bwd_hooks=hooks, n_loops=4)):
+        model(tokens, 2)
+
+
 def test_a_loop_that_adaptive_looping_left_out_is_no_error() -> None:
     model, tokens = small_model(), small_tokens()
     with model.hooks([("blocks.1.hook_resid_post@3", lambda x, hook: None)], n_loops=4):
