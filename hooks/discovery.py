@@ -93,7 +93,8 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
 def modules_of(module: nn.Module) -> dict[str, nn.Module]:
     """Everything inside that can be watched, by path: modules with a forward, or a bridge's hook points."""
     if is_bridge(module):
-        return dict(module.hook_dict)  # type: ignore[arg-type]
+        points: Any = module.hook_dict
+        return dict(points)
     return {path: part for path, part in walk(module) if type(part).forward is not nn.Module.forward}
 
 

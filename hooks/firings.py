@@ -322,6 +322,7 @@ class Run:
 def _on_backward(fn: HookFunction) -> Callable[..., None]:
     def call(activation: Tensor, *, hook: Firing) -> None:
         _refuse_without_gradient(activation, hook)
+        # a Firing answers name, loop and site, which is what hook functions ask a HookPoint
         activation.register_hook(lambda gradient: fn(gradient, hook=hook))  # type: ignore[arg-type]
     return call
 

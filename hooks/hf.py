@@ -100,6 +100,7 @@ class LoopMDMForMaskedLM(PreTrainedModel):
             return (logits,) if loss is None else (loss, logits)
         return MaskedLMOutput(loss=loss, logits=logits)
 
+    # Narrower than transformers' signatures on purpose: one file, one format, our own checks on it.
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any,  # type: ignore[override]
                         config: LoopMDMPretrainedConfig | None = None, dtype: Any = None, torch_dtype: Any = None,

@@ -101,11 +101,12 @@ class Recorder:
     def _kept(self, activation: Tensor, hook: Any) -> Tensor:
         value, axes = activation.detach(), axes_of(hook.name)
         value, axes = self._cut(value, axes)
-        if self.reduce is not None:
-            if dims := getattr(self.reduce, "dims", None):
-                value, axes = self.reduce(value, hook.site, axes), dims(axes)  # type: ignore[call-arg]
+        reduce: Any = self.reduce
+        if reduce is not None:
+            if dims := getattr(reduce, "dims", None):
+                value, axes = reduce(value, hook.site, axes), dims(axes)
             else:
-                value, axes = self.reduce(value, hook.site), ()
+                value, axes = reduce(value, hook.site), ()
             if not isinstance(value, Tensor):
                 raise TypeError(f"the reducer returned {type(value).__name__} at {hook.site}; "
                                 "it must return a tensor.")
@@ -172,7 +173,7 @@ class Recording(Mapping[str, Tensor]):
         self.reduced = reduced
         self.axes = dict(axes or {})
         self.attrs = dict(attrs or {})
-        self._held = dict(held)
+        self._held: Mapping[str, Tensor] = dict(held)
 
     def __repr__(self) -> str:
         shapes = {tuple(v.shape) for v in self._held.values()}

@@ -13,6 +13,7 @@ so that a recording of reductions is as well labelled as one of activations.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ from hooks.sites import split
 Axes = tuple[str, ...]
 
 
-class Reduction:
+class Reduction(ABC):
     """A reducer that names its axes. Subclasses implement `reduced` and `dims`.
 
     ``definition`` and ``units`` label what is kept. ``forward_only`` marks reducers that compare a loop
@@ -43,14 +44,15 @@ class Reduction:
                              f"{tuple(activation.shape)}: reduce it with Reduced(fn, dims=...).")
         return self.reduced(activation, site, axes)
 
+    @abstractmethod
     def dims(self, axes: Axes) -> Axes:
         """Axis names of the result, given those of the activation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reduced(self, activation: Tensor, site: str, axes: Axes) -> Tensor:
-        raise NotImplementedError
+        """What to keep of the activation, with the axes that `dims` names."""
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027 — most reducers have nothing to forget
         """Forget earlier firings; called at the beginning and the end of a run."""
 
 
@@ -127,8 +129,9 @@ class _AgainstPrevious(_OverAxis):
             return activation.select(axis, 0) * torch.nan
         return self.compared(activation, previous, axis)
 
+    @abstractmethod
     def compared(self, now: Tensor, before: Tensor, axis: int) -> Tensor:
-        raise NotImplementedError
+        """What became of ``before``, the previous loop, over one axis."""
 
 
 class CosineToPrevious(_AgainstPrevious):
@@ -190,6 +193,9 @@ class Reduced(Reduction):
         self.definition, self.units = definition or f"{getattr(fn, '__name__', 'function')} of the activation", units
 
     def __call__(self, activation: Tensor, site: str, axes: Axes | None = None) -> Tensor:
+        return self.reduced(activation, site, axes or ())  # whatever its shape: the function knows
+
+    def reduced(self, activation: Tensor, site: str, axes: Axes) -> Tensor:
         value = self.fn(activation, site)
         if isinstance(value, Tensor) and value.ndim != len(self.names):
             raise ValueError(f"the function returned shape {tuple(value.shape)} at {site}, and was said to return "

@@ -139,7 +139,7 @@ class StoredRecording(Recording):
         axes = {name: tuple(str(d) for d in dataset[name].dims if d not in loops) for name in names}
         super().__init__({}, names, topology=topology, reduced=about["reduced"], axes=axes)
         self.dataset = dataset
-        self._held: Mapping[str, Tensor] = _Sites(dataset, names)  # type: ignore[assignment]
+        self._held = _Sites(dataset, names)
 
     def __repr__(self) -> str:
         return f"StoredRecording({len(self)} sites, {dict(self.dataset.sizes)})"

@@ -99,7 +99,7 @@ class LoopMDMArchitectureAdapter(ArchitectureAdapter):
     supports_hf_output_attentions = False
     native_sampler = None
 
-    @property
+    @property  # TransformerLens has a plain attribute here; reading it is where a refusal can say why
     def supports_compatibility_mode(self) -> bool:  # type: ignore[override]
         raise ValueError("compatibility mode rewrites weights (fold_ln, centring), and these weights are shared: one "
                          "layer of the looped model serves every loop. The bridge is complete without it: W_U already "
@@ -194,7 +194,7 @@ class LoopAttentionBridge(PositionEmbeddingsAttentionBridge):
                 setattr(self, name, HookPoint())
         self._modulation: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, hidden_states: Float[Tensor, "batch pos d_model"], rotary: Rotary | None = None,  # type: ignore[override]
+    def forward(self, hidden_states: Float[Tensor, "batch pos d_model"], rotary: Rotary | None = None,
                 modulation: tuple[Tensor, Tensor] | None = None) -> Float[Tensor, "batch pos d_model"]:
         core = self.original_component
         assert isinstance(core, UnrolledAttention)
@@ -251,13 +251,18 @@ class LoopAttentionBridge(PositionEmbeddingsAttentionBridge):
 class _LiveBiases:
     """Biases read when asked for: TransformerLens keeps the tensors of its first look."""
 
+    out: Any
+
     @property
     def b_in(self) -> Tensor | None:
         return getattr(self, "in").bias
 
     @property
     def b_out(self) -> Tensor | None:
-        return self.out.bias  # type: ignore[attr-defined]
+        return self.out.bias
+
+
+# The aliases below are class variables, which TransformerLens declares as if they were an instance's.
 
 
 class LoopMLPBridge(_LiveBiases, MLPBridge):

@@ -138,7 +138,7 @@ class HuginnLike(nn.Module):
         def blocks(count: int) -> nn.ModuleList:
             return nn.ModuleList(SandwichBlock(hidden_size, 2) for _ in range(count))
 
-        self.transformer = nn.ModuleDict({
+        self.transformer: Any = nn.ModuleDict({
             "wte": nn.Embedding(vocab_size, hidden_size), "prelude": blocks(2),
             "adapter": nn.Linear(2 * hidden_size, hidden_size, bias=False), "core_block": blocks(2),
             "coda": blocks(2), "ln_f": nn.RMSNorm(hidden_size)})
@@ -146,14 +146,14 @@ class HuginnLike(nn.Module):
 
     def forward(self, input_ids: Int[Tensor, "batch pos"], num_steps: int | None = None) -> HuginnOutput:
         embeds, step = self.transformer["wte"](input_ids), -1
-        for block in self.transformer["prelude"]:  # type: ignore[attr-defined]
+        for block in self.transformer["prelude"]:
             embeds = block(embeds, step := step + 1)
         x = torch.randn_like(embeds)
         for _ in range(self.config.mean_recurrence if num_steps is None else num_steps):
             x = self.transformer["adapter"](torch.cat([x, embeds], dim=-1))
-            for block in self.transformer["core_block"]:  # type: ignore[attr-defined]
+            for block in self.transformer["core_block"]:
                 x = block(x, step := step + 1)
         x = latent = self.transformer["ln_f"](x)
-        for i, block in enumerate(self.transformer["coda"], start=1):  # type: ignore[arg-type]
+        for i, block in enumerate(self.transformer["coda"], start=1):
             x = block(x, -i)
         return HuginnOutput(logits=self.lm_head(self.transformer["ln_f"](x)), latent_states=latent)
