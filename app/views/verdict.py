@@ -25,16 +25,13 @@ SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the cont
 
 def main() -> None:
     results = _chosen()
+    views = {"claims": _claims, "ablations": _ablations, "more_rows": _longer}  # by what only their verdicts hold
+    next((view for key, view in views.items() if key in results.verdict), _stages)(results)
+
+
+def _stages(results: Results) -> None:
+    """The stage test: its two questions, their answers, and the evidence."""
     verdict = results.verdict
-    if "claims" in verdict:
-        _claims(results)
-        return
-    if "ablations" in verdict:
-        _ablations(results)
-        return
-    if "more_rows" in verdict:
-        _longer(results)
-        return
     if missing := {"question", "operation", "content", "subjects", "table"} - set(verdict):
         st.error(f"The verdict in `{results.path}` lacks {', '.join(sorted(missing))}: it was made by another version. "
                  "Make it again with `python studies/rerun.py`.", icon=":material/history:")
@@ -70,7 +67,7 @@ def _chosen() -> Results:
         st.stop()
     with st.sidebar:
         name = st.selectbox("Study", found, key="study", bind="query-params",
-                            help="Folders of results/, written by studies/rerun.py.")
+                            help="Folders of results/, written by the scripts in studies/.")
     try:
         return data.load_results(name)
     except (FileNotFoundError, OSError, ValueError) as error:
