@@ -37,7 +37,8 @@ def test_imports_point_one_way(path):
         assert heavy not in imported(path) or package in allowed, f"{heavy} is imported in {package}"
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "tests").rglob("*.py"))],
+                         ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_say_what_they_are_and_stay_small(path):
     text = path.read_text()
     if text.strip():

@@ -1,73 +1,29 @@
-"""watch: every firing numbered rightly, in any nesting; edits, gradients; every refusal, with what to do."""
+"""watch: every firing is what the module gave in that loop; edits and gradients are those by hand."""
 
 from __future__ import annotations
 
-import copy
-import threading
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hooks.discovery import describe, discover, walk
+from hooks.discovery import describe
 from hooks.edits import ablate, patch, skip_loop
 from hooks.reducers import Mean
 from hooks.schedules import Schedule
 from hooks.sites import SiteError
 from hooks.watch import watch
-
-SCHEDULE = {"core": 4}
-
-
-class Looped(nn.Module):
-    """Prelude once, core layers ``n_loops`` times, coda once; ``idle`` is never called."""
-
-    def __init__(self, n_loops: int = 4, width: int = 8):
-        super().__init__()
-        self.n_loops = n_loops
-        self.prelude = nn.Linear(width, width)
-        self.core = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.coda = nn.Linear(width, width)
-        self.idle = nn.Linear(width, width)
-
-    def forward(self, x, n_loops=None):
-        x = self.prelude(x)
-        for _ in range(n_loops or self.n_loops):
-            for layer in self.core:
-                x = torch.tanh(layer(x))
-        return self.coda(x)
-
-
-def by_hand(model, x, n_loops=4):
-    seen = {"prelude.hook_out": model.prelude(x)}
-    x = seen["prelude.hook_out"]
-    for k in range(n_loops):
-        for i, layer in enumerate(model.core):
-            seen[f"core.{i}.hook_in@{k}"] = x
-            x = seen[f"core.{i}.hook_out@{k}"] = layer(x)
-            x = torch.tanh(x)
-    seen["coda.hook_out"] = model.coda(x)
-    return seen
+from tests.small_looped import SCHEDULE, Looped, by_hand, looped, n_hooks, states
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Looped()
+    return looped()
 
 
 @pytest.fixture
 def x():
-    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
-
-
-def n_hooks(model):
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    return states()
 
 
 # -------------------------------------------------------------------- recording
@@ -190,92 +146,6 @@ def test_the_names_are_functions_whatever_was_imported_first():
     assert callable(hooks.loopify)
 
 
-# ------------------------------------------------- any nesting (property-based)
-
-
-class Leaf(nn.Module):
-    """Adds to its log the number of its call among all calls, and returns it."""
-
-    def __init__(self, log):
-        super().__init__()
-        self.log = log
-
-    def forward(self, x):
-        self.log.append((self, None))
-        return torch.full((1,), float(len(self.log)))
-
-
-class Program(nn.Module):
-    """Runs a tree of ('leaf', name) and ('loop', letter, count, children)."""
-
-    def __init__(self, tree):
-        super().__init__()
-        self.tree, self.log, self.expected, self.axes = tree, [], {}, {}
-        self.leaves = nn.ModuleDict()
-        self._declare(tree, ())
-
-    def _declare(self, nodes, axes):
-        for node in nodes:
-            if node[0] == "leaf":
-                self.leaves[node[1]] = Leaf(self.log)
-                self.axes[node[1]] = axes
-            else:
-                self._declare(node[3], (*axes, (node[1], node[2])))
-
-    def forward(self, x):
-        self.log.clear()
-        self.expected = {}
-        self._run(self.tree, ())
-        return x
-
-    def _run(self, nodes, at):
-        for node in nodes:
-            if node[0] == "leaf":
-                axes = self.axes[node[1]]
-                parts = [str(i) if len(at) == 1 else f"{letter}{i}" for (letter, _), i in zip(axes, at, strict=True)]
-                site = f"leaves.{node[1]}.hook_out" + ("@" + ".".join(parts) if parts else "")
-                self.expected[site] = float(self.leaves[node[1]](torch.zeros(1)))
-            else:
-                for i in range(node[2]):
-                    self._run(node[3], (*at, i))
-
-
-@st.composite
-def programs(draw):
-    """A random tree of nested loops, each leaf in it once, each loop with a letter of its own."""
-    letters, names = iter("abcdefghijklmnop"), iter(f"m{i}" for i in range(99))
-
-    def nodes(depth):
-        made = []
-        for _ in range(draw(st.integers(1, 3 if depth else 4))):
-            if depth < 3 and draw(st.booleans()):
-                letter = next(letters, None)
-                if letter:
-                    made.append(("loop", letter, draw(st.integers(1, 3)), nodes(depth + 1)))
-                    continue
-            made.append(("leaf", next(names)))
-        return made
-
-    return nodes(0)
-
-
-@given(programs())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_no_firing_is_misnumbered_in_any_nesting(tree):
-    model = Program(tree)
-    schedule = {name: axes[0][1] if len(axes) == 1 else dict(axes) for name, axes in model.axes.items() if axes}
-    with watch(model, "leaves.*.hook_out", schedule=schedule) as rec:
-        model(torch.zeros(1))
-        model(torch.zeros(1))
-    assert {site: float(value) for site, value in rec.items()} == model.expected
-    with watch(model, "leaves.*.hook_out") as rec:  # discovered: numbered in order, without nesting
-        model(torch.zeros(1))
-    flat: dict[str, list[float]] = {}
-    for site, value in model.expected.items():
-        flat.setdefault(site.partition("@")[0], []).append(value)
-    assert {name: [float(rec[name])] if name in rec else rec.stack(name).flatten().tolist() for name in flat} == flat
-
-
 # ------------------------------------------------------------------------ edits
 
 
@@ -324,67 +194,6 @@ def test_patching_with_itself_changes_nothing(model, x):
         out = model(x)
     with watch(model, (), fwd_hooks=[patch(site, rec) for site in rec]):
         assert torch.equal(model(x), out)
-
-
-class Pair(NamedTuple):
-    note: str
-    state: torch.Tensor
-
-
-@dataclass
-class Result:
-    loss: torch.Tensor
-    logits: torch.Tensor
-
-
-class Returns(nn.Module):
-    def __init__(self, wrap, unwrap):
-        super().__init__()
-        self.inner = _Wrapped(wrap)
-        self.unwrap = unwrap
-
-    def forward(self, x):
-        self.returned = self.inner(hidden_states=x)
-        return self.unwrap(self.returned)
-
-
-class _Wrapped(nn.Module):
-    def __init__(self, wrap):
-        super().__init__()
-        self.wrap = wrap
-
-    def forward(self, hidden_states):
-        return self.wrap(hidden_states * 2)
-
-
-def model_output(h):
-    from transformers.modeling_outputs import MaskedLMOutput
-
-    return MaskedLMOutput(loss=h.sum(), logits=h)
-
-
-@pytest.mark.parametrize(("wrap", "unwrap"), [
-    (lambda h: (h, None), lambda o: o[0]),
-    (lambda h: (torch.arange(3), h), lambda o: o[1]),
-    (lambda h: [None, {"x": h}], lambda o: o[1]["x"]),
-    (lambda h: {"loss": h.sum(), "logits": h}, lambda o: o["logits"]),
-    (lambda h: Pair("n", h), lambda o: o.state),
-    (lambda h: Result(h.sum(), h), lambda o: o.logits),
-    (model_output, lambda o: o.logits),
-    (lambda h: ({"last_hidden_state": h}, []), lambda o: o[0]["last_hidden_state"]),
-], ids=["tuple", "ids-first", "nested", "dict", "namedtuple", "dataclass", "modeloutput", "ouro"])
-def test_the_hidden_state_in_a_container_is_recorded_and_edited(wrap, unwrap, x):
-    model = Returns(wrap, unwrap)
-    with watch(model, ["inner.hook_out", "inner.hook_in"]) as rec:
-        model(x)
-    assert torch.equal(rec["inner.hook_out"], 2 * x)
-    assert torch.equal(rec["inner.hook_in"], x)
-    plain = model.returned
-    with watch(model, (), fwd_hooks=[("inner.hook_out", lambda h, hook: h + 1),
-                                     ("inner.hook_in", lambda h, hook: h * 10)]):
-        assert torch.equal(model(x), 20 * x + 1)
-    assert type(model.returned) is type(plain)
-    assert torch.equal(model(x), 2 * x)
 
 
 # -------------------------------------------------------------------- gradients
@@ -443,209 +252,3 @@ def test_no_grad_and_autocast(model, x):
     with torch.autocast("cpu", dtype=torch.bfloat16), watch(model, "core.0.hook_out", schedule=SCHEDULE) as rec:
         model(x)
     assert rec["core.0.hook_out@3"].dtype == torch.bfloat16
-
-
-# --------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(("sites", "message"), [
-    ("cores.0.hook_out", r"No site is called 'cores\.0\.hook_out'. Nearest: 'core\.0\.hook_out'"),
-    ("core.0.hook_out@4", r"cannot fire: core\.0\.hook_out runs 4 loops here, numbered 0\.\.3"),
-    ("prelude.hook_out@0", r"'prelude\.hook_out' runs once per forward and takes no '@0'"),
-])
-def test_sites_that_cannot_fire_are_refused_before_the_run(model, x, sites, message):
-    ran = []
-    with pytest.raises(SiteError, match=message), watch(model, sites, schedule=SCHEDULE):
-        pytest.fail("the block was entered")
-    model.coda.register_forward_hook(lambda *given: ran.append(1))
-    with pytest.raises(SiteError, match=message), watch(model, sites):  # discovered: before the first forward
-        model(x)
-    assert ran == [1]  # in the dry run
-    model.coda._forward_hooks.clear()
-    assert not n_hooks(model)
-
-
-def test_another_number_of_firings_is_an_error_that_says_expected_and_seen(model, x):
-    too_few = (r"core\.0 should run 4 times per forward by the schedule, and ran 3 times: its loops cannot be told "
-               r"apart\. Give watch the schedule of this forward")
-    with pytest.raises(RuntimeError, match=too_few), watch(model, "core.0.hook_out", schedule=SCHEDULE):
-        model(x, n_loops=3)
-    with (pytest.raises(RuntimeError, match=r"core\.0 should run 4 times .*, and has now run 5 times"),
-          watch(model, "core.0.hook_out@1", schedule=SCHEDULE)):
-        model(x, n_loops=5)
-    with watch(model, "core.0.hook_out"):
-        model(x)
-        with pytest.raises(RuntimeError, match=too_few):
-            model(x, n_loops=3)
-    assert not n_hooks(model)
-
-
-def test_a_site_that_never_fires_is_an_error_unless_only_a_wildcard_named_it(model, x):
-    with (pytest.raises(RuntimeError, match=r"idle should run once per forward by the schedule, and ran 0 times"),
-          watch(model, "idle.hook_out", schedule=SCHEDULE)):
-        model(x)
-    with (pytest.raises(RuntimeError, match=r"'idle\.\*': none of the 2 sites that this names fired in the forward"),
-          watch(model, ["idle.*", "core.*"], schedule=SCHEDULE)):
-        model(x)
-    with watch(model, None, schedule=SCHEDULE) as rec:
-        model(x)
-    assert not any("idle" in site for site in rec)
-    with pytest.raises(SiteError, match=r"No site is called 'idle\.hook_out'"):
-        rec["idle.hook_out"]
-
-
-class Talkative(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.says = _Wrapped(lambda h: ("no", None))
-
-    def forward(self, x):
-        self.says(x)
-        return x
-
-
-def test_an_output_without_a_tensor_is_refused(x):
-    message = (r"says\.hook_out: _Wrapped returned a tuple of str, NoneType, in which there is no tensor to record or "
-               r"edit: watch a module inside it or around it\.")
-    with (pytest.raises(TypeError, match=message),
-          watch(model := Talkative(), "says.hook_out")):
-        model(x)
-
-
-def test_a_hook_must_return_a_tensor_or_nothing(model, x):
-    with (pytest.raises(TypeError, match=r"hook at core\.0\.hook_out@0 returned a tuple of Tensor: return a tensor"),
-          watch(model, (), schedule=SCHEDULE, fwd_hooks=[("core.0.hook_out", lambda v, hook: (v,))])):
-        model(x)
-
-
-def test_nothing_recorded_is_said_clearly(model, x):
-    with watch(model, "core.0.hook_out", schedule=SCHEDULE) as rec:
-        with pytest.raises(SiteError, match="nothing is recorded: no forward of the watched module has finished"):
-            rec["core.0.hook_out@0"]
-        model(x)
-        assert len(rec) == 4
-        with pytest.raises(RuntimeError):
-            model(x[..., :3])
-        assert len(rec) == 0  # a failed forward leaves nothing, and the next one counts from 0
-        model(x)
-    assert torch.equal(rec["core.0.hook_out@2"], by_hand(model, x)["core.0.hook_out@2"])
-
-
-def test_a_block_without_a_forward_is_an_error(model, x):
-    with (pytest.raises(RuntimeError, match=r"not run in the block, although parts of it were: call module\(\.\.\.\)"),
-          watch(model, "core.0.hook_out", schedule=SCHEDULE)):
-        model.forward(x)
-    with (pytest.raises(RuntimeError, match=r"was not run in the block: call module"),
-          watch(model, "core.0.hook_out", schedule=SCHEDULE)):
-        pass
-    assert not n_hooks(model)
-
-
-def test_an_exception_in_a_hook_passes_and_hooks_are_removed(model, x):
-    def fail(value, hook):
-        raise ZeroDivisionError(hook.site)
-
-    with (pytest.raises(ZeroDivisionError, match=r"core\.1\.hook_out@2"),
-          watch(model, "core.*", schedule=SCHEDULE, fwd_hooks=[("core.1.hook_out@2", fail)])):
-        model(x)
-    assert not n_hooks(model)
-    with watch(model, "core.0.hook_out", schedule=SCHEDULE) as rec:
-        try:
-            raise KeyError
-        except KeyError:  # a forward in an except block is an ordinary one
-            model(x)
-    assert len(rec) == 4
-
-
-def test_a_forward_inside_a_forward_is_refused_and_the_outer_one_survives(model, x):
-    def calls_the_model(value, hook):
-        with pytest.raises(RuntimeError, match="was called from inside its own forward"):
-            model(x)
-
-    with watch(model, "core.0.hook_out", schedule=SCHEDULE, fwd_hooks=[("prelude.hook_out", calls_the_model)]) as rec:
-        model(x)
-    assert torch.equal(rec["core.0.hook_out@3"], by_hand(model, x)["core.0.hook_out@3"])
-
-
-def test_two_threads_at_once_are_refused(model, x):
-    errors = []
-
-    def other():
-        try:
-            model(x)
-        except RuntimeError as error:
-            errors.append(str(error))
-
-    def interrupt(value, hook):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-
-    with watch(model, "core.0.hook_out", schedule=SCHEDULE, fwd_hooks=[("prelude.hook_out", interrupt)]) as rec:
-        model(x)
-    assert len(errors) == 1
-    assert "from two threads at once" in errors[0]
-    assert torch.equal(rec["core.0.hook_out@3"], by_hand(model, x)["core.0.hook_out@3"])
-
-
-def test_nested_watches_the_inner_one_acting_first(model, x):
-    with watch(model, "core.0.hook_out", schedule=SCHEDULE) as outer:
-        with watch(model, "core.0.*", fwd_hooks=[("core.0.hook_out@1", lambda v, hook: v * 0)]) as inner:
-            model(x)
-        assert not outer["core.0.hook_out@1"].any()
-        assert torch.equal(inner["core.0.hook_out@3"], outer["core.0.hook_out@3"])
-        with watch(model.core[0], "hook_out") as part:
-            model(x)
-    assert torch.equal(part["hook_out"], outer["core.0.hook_out@3"])  # its own forward, the last of four
-    assert not n_hooks(model)
-
-
-def test_copies_of_a_watched_module_are_refused(model, x):
-    with watch(model, "core.0.hook_out", schedule=SCHEDULE) as rec:
-        replica = model._replicate_for_data_parallel()  # what DataParallel runs in each thread
-        with pytest.raises(RuntimeError, match="the watched module ran as a copy"):
-            replica(x)
-        with pytest.raises(RuntimeError, match="the watched module ran as a copy"):
-            copy.deepcopy(model)(x)
-        model(x)
-    assert len(rec) == 4
-
-    class Scattering(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return copy.copy(self.inner)(x)
-
-    with (pytest.raises(RuntimeError, match=r"inner\.hook_out ran as a copy"),
-          watch(model := Scattering(), "inner.hook_out", schedule={})):
-        model(x)
-
-
-def test_compiled_and_scripted_modules_are_refused(model, x):
-    compiled = torch.compile(model, backend="eager")
-    compiled(x)
-    for watched in (compiled, nn.Sequential(compiled)):
-        with (pytest.raises(ValueError, match=r"the module is compiled .* watch and call the original module"),
-              watch(watched, None, schedule=SCHEDULE)):
-            pass
-    with watch(model, "core.0.hook_out", schedule=SCHEDULE) as rec:
-        compiled(x)  # a compiled copy of what is watched runs as plain Python in the block
-    expected = by_hand(model, x)
-    for k in range(4):
-        assert torch.equal(rec[f"core.0.hook_out@{k}"], expected[f"core.0.hook_out@{k}"])
-    model.compile(backend="eager")
-    with pytest.raises(ValueError, match="the module is compiled"), watch(model, None):
-        pass
-
-
-def test_a_module_under_two_names_is_one(x):
-    layer = nn.Linear(8, 8)
-    model = nn.Sequential(layer, layer, layer)
-    with watch(model, "0.hook_out") as rec:
-        model(x)
-    assert torch.equal(rec["0.hook_out@2"], layer(layer(layer(x))))
-    assert discover(model, (x,)).schedule.axes("0") == (("", 3),)
-    nested = nn.ModuleDict({"a": model, "b": nn.ModuleList([layer, Looped(), nn.Identity()]), "c": Looped()})
-    assert walk(nested) == list(nested.named_modules())
