@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hooks import HookedLoopMDM
@@ -28,3 +30,7 @@ def state_after(model: HookedLoopMDM, tokens: Tensor, *loops: list[int]) -> Tens
 
 def unedited(model: HookedLoopMDM, tokens: Tensor, n_loops: int) -> Tensor:
     return state_after(model, tokens, *[[1, 2]] * n_loops)
+
+
+def failing(activation: Tensor, *, hook: Any) -> None:
+    raise KeyError("stop")

@@ -39,6 +39,17 @@ def by_hand(model, x, n_loops=4):
     return seen
 
 
+class Wrapping(nn.Module):
+    """Doubles its input and returns it wrapped up by a function."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, hidden_states):
+        return self.wrap(hidden_states * 2)
+
+
 def looped():
     torch.manual_seed(0)
     return Looped()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hooks.watch import watch
-from tests.small_looped import looped, states
+from tests.small_looped import Wrapping, looped, states
 
 
 @pytest.fixture
@@ -37,21 +37,12 @@ class Result:
 class Returns(nn.Module):
     def __init__(self, wrap, unwrap):
         super().__init__()
-        self.inner = _Wrapped(wrap)
+        self.inner = Wrapping(wrap)
         self.unwrap = unwrap
 
     def forward(self, x):
         self.returned = self.inner(hidden_states=x)
         return self.unwrap(self.returned)
-
-
-class _Wrapped(nn.Module):
-    def __init__(self, wrap):
-        super().__init__()
-        self.wrap = wrap
-
-    def forward(self, hidden_states):
-        return self.wrap(hidden_states * 2)
 
 
 def model_output(h):

@@ -18,7 +18,7 @@ from hooks.edits import (
     swap_loops,
 )
 from tests.small import small_model, small_tokens
-from tests.small_edits import POST, N, run, state_after, unedited
+from tests.small_edits import POST, N, failing, run, state_after, unedited
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from studies.tasks.sudoku import MAX_ROUNDS, Shape
 def rows(tokens: Tensor) -> set[tuple[int, ...]]:
     return {tuple(row) for row in tokens.tolist()}
 
+
 def slow_singles(solution: list[int], given: list[bool], size: int) -> tuple[list[int], list[list[set[int]]]]:
     """Rounds of naked and hidden singles with Python sets; (round per cell, candidates before each round)."""
     box_rows, box_columns = {6: (2, 3), 9: (3, 3)}[size]

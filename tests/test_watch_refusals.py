@@ -12,7 +12,7 @@ from torch import nn
 from hooks.discovery import discover, walk
 from hooks.sites import SiteError
 from hooks.watch import watch
-from tests.small_looped import SCHEDULE, Looped, by_hand, looped, n_hooks, states
+from tests.small_looped import SCHEDULE, Looped, Wrapping, by_hand, looped, n_hooks, states
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_site_that_never_fires_is_an_error_unless_only_a_wildcard_named_it(mod
 class Talkative(nn.Module):
     def __init__(self):
         super().__init__()
-        self.says = _Wrapped(lambda h: ("no", None))
+        self.says = Wrapping(lambda h: ("no", None))
 
     def forward(self, x):
         self.says(x)
@@ -82,7 +82,7 @@ class Talkative(nn.Module):
 
 
 def test_an_output_without_a_tensor_is_refused(x):
-    message = (r"says\.hook_out: _Wrapped returned a tuple of str, NoneType, in which there is no tensor to record or "
+    message = (r"says\.hook_out: Wrapping returned a tuple of str, NoneType, in which there is no tensor to record or "
                r"edit: watch a module inside it or around it\.")
     with (pytest.raises(TypeError, match=message),
           watch(model := Talkative(), "says.hook_out")):
