@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -16,7 +16,7 @@ from app.figures.dynamics import class_grid, distance_grid, over_loops, trajecto
 from app.figures.grids import Look, Panel, mask_editor, token_grids, value_grids
 from app.figures.lens import COLOURS, lens_grid, region_curves
 from app.figures.probes import VALUES, probe_curves, probe_grid
-from app.figures.style import depth_axis, depth_names, ramp
+from app.figures.style import depth_axis, depth_names, ramp, region_ticks
 from app.figures.verdict import evidence
 from hooks.diffusion import SamplerConfig, sample
 from probes import (
@@ -91,6 +91,37 @@ def test_token_grids_draw_tokens_and_cross_what_is_wrong(look: Look) -> None:
     cross = next(trace for trace in figure.data if trace.name == "wrong" and trace.x[0] is not None)
     assert set(zip(cross.x, cross.y, strict=True)) == {(1, 0), (2, 1)}
     assert [note.text for note in figure.layout.annotations] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("n", "names", "shape", "letters"), [
+    (7, "ab■", (1, 7), 0), (26, "abc■", (3, 9), 1), (56, "abcdefgh■", (5, 12), 1),
+    (20, ["to", "representative", "■"], (2, 10), 0), (20, ["to", "a", "representative", "■"], (3, 7), 6)])
+def test_a_line_of_tokens_is_broken_like_text(n: int, names: Sequence[str], shape: tuple[int, int],
+                                              letters: int) -> None:
+    look = Look((1, n), list(names), [f"token {i}" for i in range(n)])
+    assert look.shape == shape
+    assert look.letters == letters
+    tokens = np.arange(n) % (len(names) - 1)
+    wrong = np.arange(n) == n - 1
+    figure = token_grids([Panel("a", tokens, wrong=wrong)], look)
+    text = figure.data[0].text.flatten()
+    assert list(text[:n]) == [names[t] if len(names[t]) <= 6 else f"{names[t][:5]}…" for t in tokens]
+    assert set(text[n:]) <= {""}
+    assert np.isnan(figure.data[0].z.flatten()[n:].astype(float)).all()
+    assert figure.data[0].customdata.reshape(-1, 2)[n - 1].tolist() == [f"token {n - 1}", names[tokens[-1]]]
+    cross = next(trace for trace in figure.data if trace.name == "wrong" and trace.x[0] is not None)
+    assert (cross.y[0], int(cross.x[0])) == divmod(n - 1, shape[1]), "in its cell, beside the word if there is one"
+    board = mask_editor(tokens, wrong, wrong, look).data[0]
+    assert list(zip(board.y, board.x, strict=True)) == [divmod(i, shape[1]) for i in range(n)]
+    values = value_grids([np.arange(n) / n], ["x"], look, bar="share", zmax=1.0).data[0].z.flatten()
+    assert np.allclose(values[:n], np.arange(n) / n)
+
+
+def test_region_labels_are_as_many_as_fit() -> None:
+    starts, roomy = region_ticks(REGIONS, pixels=300)
+    assert (starts, roomy["tickvals"], roomy["ticktext"]) == ([0, 3, 6], [1, 4, 7], ["0", "1", "2"])
+    every = region_ticks(np.arange(100), pixels=300)[1]["tickvals"]
+    assert every == list(range(0, 100, 4))
 
 
 def test_the_board_has_one_point_per_position_in_order() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from studies.longer import Longer, lengthened, main, measure
-from studies.longer_report import best_loops
+from studies.longer_report import best_loops, table
 from studies.results import read_results
 from studies.zoo import Entry, load
 from tests.small_zoo import TASK, make_zoo
@@ -71,8 +71,15 @@ def test_the_study(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert data.cells.sel(n_rows=4, row=4).isnull().all()
     mean = data.cells.mean(["row", "seed"]).sel(kind="loop")
     assert np.allclose(best_loops(data).cells.mean(["row", "seed"]).sel(kind="loop"), mean.max("n_loops"))
-    for text in ("Trained on 4 rows", "LoopMDM: 4 rows", "deep twin: 4 rows"):
-        assert text in results.verdict["words"]
-        assert text in (tmp_path / "longer-automaton" / "report.html").read_text()
+    cells = best_loops(data).cells.mean(["row", "seed"])
+    said, page = results.verdict["words"], (tmp_path / "longer-automaton" / "report.html").read_text()
+    assert said.startswith("Trained on 4 rows;")
+    for kind, name in (("loop", "LoopMDM"), ("deep", "deep twin")):
+        at = [f"{cells.sel(kind=kind, n_rows=n):.0%} of cells" for n in (4, 5)]
+        assert f"{name} {at[0]} at 4 rows and {at[1].removesuffix(' of cells')} at 5" in said
+        row = table(data).set_index("model").loc[name]
+        assert [row["4 rows"].split(",")[0], row["5 rows"].split(",")[0]] == at
+        assert row["5 rows"] in page
+    assert said in page
     assert main(replace(args, group="sudoku-9x9")) == 2
     assert "--preset automaton" in capsys.readouterr().err

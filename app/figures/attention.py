@@ -14,7 +14,18 @@ import xarray as xr
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 
-from app.figures.style import CATEGORIES, FAINT, INK, RULE, SHARE, colourbar, depth_axis, depth_names, styled
+from app.figures.style import (
+    CATEGORIES,
+    FAINT,
+    INK,
+    RULE,
+    SHARE,
+    colourbar,
+    depth_axis,
+    depth_names,
+    region_ticks,
+    styled,
+)
 
 
 def pattern_maps(pattern: Float[np.ndarray, "panel query key"], titles: Sequence[str], regions: Int[np.ndarray, "pos"],
@@ -27,9 +38,7 @@ def pattern_maps(pattern: Float[np.ndarray, "panel query key"], titles: Sequence
     figure = make_subplots(n_rows, columns, subplot_titles=list(titles), horizontal_spacing=0.12 / columns,
                            vertical_spacing=56 / total if n_rows > 1 else 0, shared_yaxes=True)
     top = float(np.quantile(pattern, 0.995))
-    starts = [i for i in range(len(regions)) if i == 0 or regions[i] != regions[i - 1]]
-    centres = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(regions)], strict=True)]
-    ticks = {"tickvals": centres, "ticktext": [str(regions[a]) for a in starts]}
+    _, ticks = region_ticks(regions, pixels=size - 60)
     for i, matrix in enumerate(pattern):
         place = {"row": i // columns + 1, "col": i % columns + 1}
         figure.add_trace(go.Heatmap(z=np.round(matrix, 4), x=list(range(len(names))), coloraxis="coloraxis",

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from app.figures.style import AMOUNT, BLUE, GREEN, ORANGE, RULE, colourbar, styled
+from app.figures.style import AMOUNT, BLUE, GREEN, ORANGE, RULE, colourbar, region_ticks, styled
 
 Trace = Sequence[Mapping[str, np.ndarray]]
 
@@ -59,9 +59,7 @@ def confidence_grid(trace: Trace, regions: np.ndarray, region_name: str, names: 
                                 marker={"size": 5, "color": ORANGE, "line": {"width": 0.5, "color": "white"}}))
     figure.add_vrect(x0=current - 0.5, x1=current + 0.5, line={"color": BLUE, "width": 1.5}, fillcolor="rgba(0,0,0,0)")
     styled(figure, height=480)
-    starts = [i for i in range(len(regions)) if i == 0 or regions[i] != regions[i - 1]]
-    centres = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(regions)], strict=True)]
-    figure.update_yaxes(range=[len(regions) - 0.5, -0.5], tickvals=centres, ticktext=[str(regions[a]) for a in starts],
+    figure.update_yaxes(range=[len(regions) - 0.5, -0.5], **region_ticks(regions, pixels=388)[1],
                         title_text=f"{region_name} (positions in order)", showgrid=False, zeroline=False)
     figure.update_xaxes(title_text="denoising step", range=[-0.5, len(trace) - 0.5], showgrid=False, zeroline=False,
                         tickvals=list(range(len(trace))) if len(trace) <= 24 else None)

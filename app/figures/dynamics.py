@@ -13,7 +13,18 @@ from jaxtyping import Bool, Int
 from plotly.subplots import make_subplots
 
 from app.figures.grids import Look, key
-from app.figures.style import AMOUNT, CATEGORIES, FAINT, GREEN, ORANGE, VERMILLION, colourbar, ramp, styled
+from app.figures.style import (
+    AMOUNT,
+    CATEGORIES,
+    FAINT,
+    GREEN,
+    ORANGE,
+    VERMILLION,
+    colourbar,
+    ramp,
+    region_ticks,
+    styled,
+)
 
 CLASS_COLOURS = {"converged": GREEN, "cyclic": ORANGE, "drifting": VERMILLION}
 
@@ -99,9 +110,8 @@ def distance_grid(distance: xr.DataArray, regions: Int[np.ndarray, "pos"], regio
         colorbar=colourbar("distance to the fixed point [1]", tickvals=ticks,
                            ticktext=[f"{10.0 ** k:g}" for k in ticks])))
     styled(figure, height=460, legend=False)
-    starts = [i for i in range(len(regions)) if i == 0 or regions[i] != regions[i - 1]]
-    centres = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(regions)], strict=True)]
-    figure.update_yaxes(range=[len(regions) - 0.5, -0.5], tickvals=centres, ticktext=[str(regions[a]) for a in starts],
+    starts, labels = region_ticks(regions, pixels=390)
+    figure.update_yaxes(range=[len(regions) - 0.5, -0.5], **labels,
                         title_text=f"{region_name} (positions in order)", showgrid=False)
     for a in starts[1:]:
         figure.add_hline(y=a - 0.5, line={"color": "white", "width": 1.5})
@@ -119,17 +129,19 @@ def class_grid(classes: xr.DataArray, look: Look) -> go.Figure:
     figure = make_subplots(1, len(layers), subplot_titles=[f"layer {layer}" for layer in layers],
                            horizontal_spacing=0.06)
     for i, layer in enumerate(layers):
-        z = look.grid(classes.sel(layer=layer).values)
-        figure.add_trace(go.Heatmap(z=z, zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False, xgap=1, ygap=1,
-                                    text=np.asarray(names, dtype=object)[z],
-                                    customdata=look.grid(np.asarray(look.position_names, dtype=object)),
+        chosen = classes.sel(layer=layer).values
+        figure.add_trace(go.Heatmap(z=look.grid(chosen, np.nan), zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False,
+                                    xgap=1, ygap=1, hoverongaps=False,
+                                    text=look.grid(np.asarray(names, dtype=object)[chosen], ""),
+                                    customdata=look.grid(np.asarray(look.position_names, dtype=object), ""),
                                     hovertemplate="%{customdata}<br>%{text}<extra></extra>"), row=1, col=i + 1)
     for name in reversed(names):
         figure.add_trace(key(name, "square", CLASS_COLOURS[name]))
     styled(figure, height=22 * look.shape[0] + 120)
-    figure.update_xaxes(title_text="column", showticklabels=False, showgrid=False, zeroline=False)
+    across, down = look.axis_titles
+    figure.update_xaxes(title_text=across, showticklabels=False, showgrid=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, autorange="reversed")
-    figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", col=1)
+    figure.update_yaxes(title_text=down, col=1)
     figure.update_layout(margin={"t": 66, "l": 36, "b": 36}, legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure
 

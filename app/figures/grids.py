@@ -1,6 +1,7 @@
 """Token grids: a sequence in its two dimensions, as small multiples, and as something to click on.
 
-Two tokens are drawn dark and light; larger vocabularies get the token's name in each cell.
+Two tokens are drawn dark and light; larger vocabularies get the token's name in each cell. A sequence without
+two dimensions of its own is broken into lines, like text on a page.
 
     figure = token_grids([Panel("truth", tokens), Panel("loop 3", predicted, wrong=predicted != tokens)], look)
 """
@@ -16,17 +17,46 @@ from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
 
 from app.figures.style import FAINT, ORANGE, RULE, SHARE, SKY, VERMILLION, colourbar, styled
+from studies.tasks import Task
 
 LIGHT, DARK, MASK = "#F2EBDD", "#3B4A5E", "#BCC5D0"
+LONGEST = 6                     # letters of a token's name that a cell shows
+LINE, LINE_OF_WORDS = 12, 8     # most cells in a line
 
 
 @dataclass(frozen=True)
 class Look:
     """How a task's sequences are drawn."""
 
-    shape: tuple[int, int]              # rows, columns
+    task_shape: tuple[int, int]         # rows, columns; one row is a line of tokens
     token_names: Sequence[str]          # by token id, the mask last
     position_names: Sequence[str]
+
+    @classmethod
+    def of(cls, task: Task) -> Look:
+        return cls(task.grid_shape, task.token_names(), task.position_names())
+
+    @property
+    def is_line(self) -> bool:
+        return self.task_shape[0] == 1
+
+    @property
+    def letters(self) -> int:
+        """The most letters that a cell shows; 0 where the colour says the token."""
+        return 0 if self.binary else min(max(len(name) for name in self.token_names), LONGEST)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) as drawn; the last row of a broken line may be short."""
+        if not self.is_line:
+            return self.task_shape
+        rows = -(-self.task_shape[1] // (LINE if self.letters <= 2 else LINE_OF_WORDS))
+        return rows, -(-self.task_shape[1] // rows)
+
+    @property
+    def axis_titles(self) -> tuple[str, str]:
+        """Of x and y."""
+        return ("positions, line by line", "") if self.is_line else ("column", "row")
 
     @property
     def mask(self) -> int:
@@ -36,8 +66,17 @@ class Look:
     def binary(self) -> bool:
         return self.mask == 2
 
-    def grid(self, values: np.ndarray) -> np.ndarray:
-        return np.asarray(values).reshape(self.shape)
+    def grid(self, values: Sequence[object] | np.ndarray, empty: object) -> np.ndarray:
+        """``values`` by row and column, with ``empty`` where the last row has no position."""
+        values = np.asarray(values)
+        full = np.full(self.shape[0] * self.shape[1], empty, dtype=np.result_type(values, type(empty)))
+        full[:len(values)] = values
+        return full.reshape(self.shape)
+
+    def names(self, tokens: Int[np.ndarray, "pos"]) -> np.ndarray:
+        """What cells say: names, cut to what fits; the whole name is in the hover text."""
+        short = [name if len(name) <= LONGEST else name[:LONGEST - 1] + "…" for name in self.token_names]
+        return np.asarray(short, dtype=object)[tokens]
 
 
 @dataclass(frozen=True)
@@ -50,10 +89,15 @@ class Panel:
     marked: Bool[np.ndarray, "pos"] | None = None      # ringed: just revealed
 
 
-def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: int = 15) -> go.Figure:
-    """Small multiples of token grids, errors crossed out, cells of note ringed."""
-    columns = min(columns, len(panels))
+def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: int = 15,
+                width: int = 640) -> go.Figure:
+    """Small multiples of token grids, errors crossed out, cells of note ringed.
+
+    At most ``columns`` beside each other, and no more than can be read in ``width`` pixels.
+    """
+    columns = min(columns, len(panels), max(1, width // (look.shape[1] * (6 * look.letters + 4) + 16)))
     n_rows = -(-len(panels) // columns)
+    size = min(cell, 13) if look.letters > 2 else cell  # of marks
     height_px = look.shape[0] * cell
     total = n_rows * (height_px + 34) + 74
     figure = make_subplots(n_rows, columns, subplot_titles=[panel.title for panel in panels],
@@ -65,10 +109,12 @@ def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: 
         for flags, symbol, colour, name in ((panel.marked, "square-open", ORANGE, "revealed at this step"),
                                             (panel.wrong, "x-thin", VERMILLION, "wrong")):
             if flags is not None and flags.any():
-                y, x = np.nonzero(look.grid(flags))
+                y, x = np.nonzero(look.grid(flags, False))
                 line = {"width": 2.5, "color": colour}
-                figure.add_trace(go.Scatter(x=x, y=y, mode="markers", showlegend=False, hoverinfo="skip", name=name,
-                                            marker={"symbol": symbol, "size": 0.62 * cell, "color": colour,
+                beside = 0.0 if look.letters <= 2 else 0.4 if symbol == "x-thin" else -0.4  # the word, not over it
+                figure.add_trace(go.Scatter(x=x + beside, y=y, mode="markers", showlegend=False, hoverinfo="skip",
+                                            name=name,
+                                            marker={"symbol": symbol, "size": 0.62 * size, "color": colour,
                                                     "line": line}), **place)
     for j in range(len(panels), n_rows * columns):
         figure.update_xaxes(visible=False, row=j // columns + 1, col=j % columns + 1)
@@ -77,9 +123,7 @@ def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: 
             marked=any(p.marked is not None for p in panels))
     styled(figure, height=total)
     figure.update_annotations(font={"size": 12, "color": FAINT})
-    _board_axes(figure, look)
-    figure.update_xaxes(title_text="column", title_font_size=11, title_standoff=2, row=n_rows)
-    figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", title_font_size=11, title_standoff=2, col=1)
+    _board_axes(figure, look, n_rows)
     figure.update_layout(margin={"l": 36, "r": 8, "t": 64, "b": 30},
                          legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure
@@ -89,6 +133,7 @@ def mask_editor(tokens: Int[np.ndarray, "pos"], hidden: Bool[np.ndarray, "pos"],
                 look: Look, *, cell: int = 26) -> go.Figure:
     """The example as a board of cells to click or to box: point i of the first trace is position i."""
     rows, columns = look.shape
+    across = max(cell, 6 * look.letters + 6)
     y, x = np.divmod(np.arange(len(tokens)), columns)
     shown = np.where(hidden, look.mask, tokens)
     colours = [MASK if h else _colour(int(token), look) for token, h in zip(tokens, hidden, strict=True)]
@@ -96,7 +141,7 @@ def mask_editor(tokens: Int[np.ndarray, "pos"], hidden: Bool[np.ndarray, "pos"],
                      np.where(hidden, "masked; click to show", "visible; click to mask"))
     names = [look.token_names[int(token)] for token in shown]
     figure = go.Figure(go.Scatter(
-        x=x, y=y, mode="markers" if look.binary else "markers+text", text=["" if look.binary else n for n in names],
+        x=x, y=y, mode="markers" if look.binary else "markers+text", text=look.names(shown),
         customdata=np.stack([look.position_names, state, names], -1), showlegend=False,
         hovertemplate="%{customdata[0]}<br>token %{customdata[2]}<br>%{customdata[1]}<extra></extra>",
         marker={"symbol": "square", "size": cell - 4, "color": colours, "opacity": 1,
@@ -106,12 +151,11 @@ def mask_editor(tokens: Int[np.ndarray, "pos"], hidden: Bool[np.ndarray, "pos"],
     figure.add_trace(key("given", "square-open", SKY))
     styled(figure, height=rows * cell + 92)
     figure.update_xaxes(range=[-0.6, columns - 0.4], fixedrange=True, showgrid=False, zeroline=False,
-                        showticklabels=False,
-                        title_text="column", title_font_size=11, title_standoff=2)
-    figure.update_yaxes(range=[rows - 0.4, -0.6], fixedrange=True, showgrid=False, zeroline=False, showticklabels=False,
-                        title_text="row" if rows > 1 else "", title_font_size=11, title_standoff=2)
+                        showticklabels=False)
+    figure.update_yaxes(range=[rows - 0.4, -0.6], fixedrange=True, showgrid=False, zeroline=False, showticklabels=False)
+    _board_titles(figure, look)
     figure.update_layout(margin={"l": 32, "r": 8, "t": 44, "b": 32}, dragmode="pan",
-                         width=columns * cell + 44)
+                         width=columns * across + 44)
     return figure
 
 
@@ -124,10 +168,11 @@ def value_grids(values: Sequence[Float[np.ndarray, "pos"]], titles: Sequence[str
     figure = make_subplots(n_rows, columns, subplot_titles=list(titles),
                            horizontal_spacing=0.14 / columns if columns > 1 else 0,
                            vertical_spacing=34 / max(total - 76, 1) if n_rows > 1 else 0)
-    names = look.grid(np.asarray(look.position_names, dtype=object))
+    names = look.grid(np.asarray(look.position_names, dtype=object), "")
     for i, value in enumerate(values):
         place = {"row": i // columns + 1, "col": i % columns + 1}
-        figure.add_trace(go.Heatmap(z=look.grid(value), customdata=names, coloraxis="coloraxis", xgap=1, ygap=1,
+        figure.add_trace(go.Heatmap(z=look.grid(value, np.nan), customdata=names, coloraxis="coloraxis", xgap=1,
+                                    ygap=1, hoverongaps=False,
                                     hovertemplate=f"%{{customdata}}<br>{bar} %{{z:.3f}}<extra>{titles[i]}</extra>"),
                                     **place)
         if marked is not None:
@@ -139,9 +184,7 @@ def value_grids(values: Sequence[Float[np.ndarray, "pos"]], titles: Sequence[str
         figure.add_trace(key("the query", "square-open", VERMILLION))
     styled(figure, height=total, legend=marked is not None)
     figure.update_annotations(font={"size": 12, "color": FAINT})
-    _board_axes(figure, look)
-    figure.update_xaxes(title_text="column", title_font_size=11, title_standoff=2, row=n_rows)
-    figure.update_yaxes(title_text="row" if look.shape[0] > 1 else "", title_font_size=11, title_standoff=2, col=1)
+    _board_axes(figure, look, n_rows)
     figure.update_layout(margin={"l": 36, "r": 8, "t": 50, "b": 30},
                          legend={"y": 1, "yref": "container", "yanchor": "top"},
                          plot_bgcolor=RULE,
@@ -151,10 +194,19 @@ def value_grids(values: Sequence[Float[np.ndarray, "pos"]], titles: Sequence[str
 
 # ---------------------------------------------------------------------- private
 
-def _board_axes(figure: go.Figure, look: Look) -> None:
+def _board_axes(figure: go.Figure, look: Look, n_rows: int) -> None:
     """Every panel shows the whole board, first row on top, without tick labels."""
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, range=[-0.5, look.shape[1] - 0.5])
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, range=[look.shape[0] - 0.5, -0.5])
+    _board_titles(figure, look, row=n_rows)
+
+
+def _board_titles(figure: go.Figure, look: Look, row: int | None = None) -> None:
+    """Axis titles of the last row's panels and of the first column's."""
+    style = {"title_font_size": 11, "title_standoff": 2}
+    across, down = look.axis_titles
+    figure.update_xaxes(title_text=across, **style, row=row)
+    figure.update_yaxes(title_text=down, **style, col=None if row is None else 1)
 
 
 def _colour(token: int, look: Look) -> str:
@@ -163,13 +215,14 @@ def _colour(token: int, look: Look) -> str:
 
 def _cells(tokens: np.ndarray, look: Look) -> go.Heatmap:
     """One grid; the colour says the token in a binary vocabulary, the text does otherwise."""
-    z = look.grid(tokens) if look.binary else np.where(look.grid(tokens) == look.mask, 2, 0)
-    text = np.asarray(look.token_names, dtype=object)[look.grid(tokens)]
+    colours = tokens if look.binary else np.where(tokens == look.mask, 2, 0)
+    full = np.asarray(look.token_names, dtype=object)[tokens]
+    about = np.stack([look.grid(np.asarray(look.position_names, dtype=object), ""), look.grid(full, "")], -1)
     scale = [[0, LIGHT], [1 / 3, LIGHT], [1 / 3, DARK], [2 / 3, DARK], [2 / 3, MASK], [1, MASK]]
-    return go.Heatmap(z=z, zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False, xgap=1, ygap=1, text=text,
-                      texttemplate="" if look.binary else "%{text}",
-                      customdata=look.grid(np.asarray(look.position_names, dtype=object)),
-                      hovertemplate="%{customdata}<br>token %{text}<extra></extra>")
+    return go.Heatmap(z=look.grid(colours, np.nan), zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False, xgap=1,
+                      ygap=1, text=look.grid(look.names(tokens), ""), texttemplate="" if look.binary else "%{text}",
+                      customdata=about, hoverongaps=False,
+                      hovertemplate="%{customdata[0]}<br>token %{customdata[1]}<extra></extra>")
 
 
 def key(name: str, symbol: str, colour: str) -> go.Scatter:

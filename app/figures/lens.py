@@ -24,6 +24,7 @@ from app.figures.style import (
     depth_axis,
     depth_names,
     ramp,
+    region_ticks,
     styled,
 )
 
@@ -135,10 +136,8 @@ def _position_axis(figure: go.Figure, look: Look, positions: Sequence[int], regi
                             title_text="", tickfont={"size": 11})
         return
     here = regions[list(positions)]
-    starts = [i for i in range(n) if i == 0 or here[i] != here[i - 1]]
-    centres = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], n], strict=True)]
-    figure.update_yaxes(tickvals=centres, ticktext=[str(here[a]) for a in starts], title_text=f"{region_name} "
-                                                                                              "(positions in order)")
+    starts, ticks = region_ticks(here, pixels=figure.layout.height - 130)
+    figure.update_yaxes(**ticks, title_text=f"{region_name} (positions in order)")
     for a in starts[1:]:
         figure.add_hline(y=a - 0.5, line={"color": "white", "width": 1.5})
 

@@ -10,6 +10,7 @@ blues for amounts, blue–white–red around a zero that means something.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -49,6 +50,21 @@ def ramp(n: int, scale: str = "Viridis") -> list[str]:
     if n == 1:
         return [BLUE]
     return list(sample_colorscale(scale, list(np.linspace(0.0, 0.88, n))))
+
+
+def region_ticks(regions: np.ndarray, pixels: int) -> tuple[list[int], dict[str, list[Any]]]:
+    """Where runs of equal regions start along an axis of positions, and ticks at their middles that say which.
+
+    Runs too short for a label of their own in ``pixels`` of axis go without.
+    """
+    starts = [i for i in range(len(regions)) if i == 0 or regions[i] != regions[i - 1]]
+    shown: dict[float, str] = {}
+    last = -np.inf
+    for start, end in zip(starts, [*starts[1:], len(regions)], strict=True):
+        middle = (start + end - 1) / 2
+        if middle - last >= 12 * len(regions) / pixels:
+            shown[middle], last = str(regions[start]), middle
+    return starts, {"tickvals": list(shown), "ticktext": list(shown.values())}
 
 
 def depth_axis(figure: go.Figure, layer: Sequence[int] | np.ndarray, loop: Sequence[int] | np.ndarray,

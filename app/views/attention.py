@@ -20,7 +20,7 @@ def main() -> None:
     st.title("Attention: who looks at whom?", anchor=False)
     pattern = compute.patterns_of(scene.checkpoint, compute.rows(scene.noised), scene.n_loops, scene.t)
     chosen, titles, what = _chosen(scene, pattern)
-    look = Look(scene.task.grid_shape, scene.task.token_names(), scene.task.position_names())
+    look = Look.of(scene.task)
     _gaze(scene, chosen, titles, what, look)
     show.figure(pattern_maps(chosen, titles, scene.task.regions().numpy(), scene.task.region_name,
                              names=scene.task.position_names(), columns=4 if len(titles) <= 8 else 6),
@@ -61,7 +61,7 @@ def _chosen(scene: Scene, pattern: xr.DataArray) -> tuple[np.ndarray, list[str],
 
 def _gaze(scene: Scene, chosen: np.ndarray, titles: list[str], what: str, look: Look) -> None:
     rows, columns = look.shape
-    start = (rows // 2) * columns + columns // 2
+    start = min((rows // 2) * columns + columns // 2, len(look.position_names) - 1)
     query = st.select_slider("Query position", range(len(look.position_names)), value=start, key="query",
                              bind="query-params",
                              format_func=lambda p: look.position_names[p])

@@ -78,7 +78,7 @@ def _numbers(scene: Scene, trace: list[dict[str, np.ndarray]]) -> None:
 
 def _step(scene: Scene, trace: list[dict[str, np.ndarray]], step: int) -> None:
     here, truth = trace[step], scene.tokens.numpy()
-    look = Look(scene.task.grid_shape, scene.task.token_names(), scene.task.position_names())
+    look = Look.of(scene.task)
     masked = here["before"][0] == look.mask
     drawn = np.where(masked, here["predicted"][0], here["before"][0])
     after = here["after"][0]
@@ -86,7 +86,7 @@ def _step(scene: Scene, trace: list[dict[str, np.ndarray]], step: int) -> None:
               Panel("it draws", drawn, wrong=drawn != truth, marked=here["revealed"][0]),
               Panel("after the step", after, wrong=(after != look.mask) & (after != truth), marked=here["revealed"][0]),
               Panel("truth", truth)]
-    show.figure(token_grids(panels, look, columns=4, cell=22),
+    show.figure(token_grids(panels, look, columns=4, cell=22, width=960),
                 f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: {int(here['revealed'].sum())} "
                 "positions "
                 f"revealed with {int(here['loops_used'][0])} loops. Crosses are errors, rings mark what this step "

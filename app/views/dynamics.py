@@ -97,9 +97,8 @@ def _settling(scene: Scene, moves: xr.Dataset, noised: compute.Rows, layer: int 
                     name="distance", title="Distance to the fixed point", table=lambda: show.table_of(distance))
     with right:
         classes = compute.token_classes(scene.checkpoint, noised, scene.t).token_class.isel(batch=0)
-        classes_look = Look(scene.task.grid_shape, scene.task.token_names(), scene.task.position_names())
-        show.figure(class_grid(classes, classes_look), "Does a position's state settle, cycle or drift? Judged at 32 "
-                                                       "loops: "
+        show.figure(class_grid(classes, Look.of(scene.task)),
+                    "Does a position's state settle, cycle or drift? Judged at 32 loops: "
                     f"{classes.attrs['definition']}.", name="classes", title="Converged, cyclic, drifting",
                     table=lambda: show.table_of(classes.rename("token_class")))
 

@@ -23,7 +23,7 @@ WHAT = {"coda": "runs the layers after the loops on the state first: what would 
 
 def main() -> None:
     scene = selection.choose()
-    look = Look(scene.task.grid_shape, scene.task.token_names(), scene.task.position_names())
+    look = Look.of(scene.task)
     st.title("Lens: what would it answer here?", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
         kind = KINDS[st.segmented_control("Lens", list(KINDS), default="coda lens", required=True, key="lens",

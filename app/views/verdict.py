@@ -175,7 +175,10 @@ def _longer(results: Results) -> None:
     """How far models get on more rows of an automaton than they were trained on."""
     st.title("Does a model go on beyond the rows of its training?", anchor=False)
     st.markdown(results.verdict["words"])
-    show.figure(styled(longer_report.figure(results.datasets["curves"]), height=460), longer_report.WHAT,
+    st.dataframe(longer_report.table(results.datasets["curves"]), hide_index=True)
+    drawn = styled(longer_report.figure(results.datasets["curves"]), height=460)
+    drawn.update_layout(margin={"t": 84}, legend={"y": 1, "yref": "container", "yanchor": "top"})
+    show.figure(drawn, longer_report.WHAT,
                 name="longer", title="Cells right by row", table=partial(_every_number, results))
     _provenance(results)
 

@@ -115,10 +115,6 @@ class Arithmetic(Task):
     def regions(self) -> Int[Tensor, "pos"]:
         return torch.cat([torch.zeros(2, dtype=torch.long), 1 + torch.arange(self.steps).repeat_interleave(4)])
 
-    @property
-    def grid_shape(self) -> tuple[int, int]:
-        return 1, self.seq_len
-
     def decode(self, tokens: Int[Tensor, "pos"]) -> str:
         names = self.token_names()
         words = [names[token] for token in tokens.tolist()]

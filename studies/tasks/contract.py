@@ -97,7 +97,7 @@ class Task(ABC):
 
     @property
     def grid_shape(self) -> tuple[int, int]:
-        """(rows, columns) in which the sequence is drawn."""
+        """(rows, columns) in which the sequence is drawn; by default a line."""
         return 1, self.seq_len
 
     def score(self, predicted: Int[Tensor, "example pos"], batch: Batch) -> dict[str, Tensor]:
