@@ -176,6 +176,13 @@ def test_attention_against_a_naive_reference(variant: str) -> None:
     torch.testing.assert_close(rec["blocks.1.attn.hook_attn_scores@1"].softmax(-1), pattern)
 
 
+def test_a_model_takes_lengths_and_precisions_in_turn() -> None:
+    model, tokens = small_model(), small_tokens()
+    for n in (10, 4, 7, 10):
+        assert torch.equal(model(tokens[:, :n], 2), small_model()(tokens[:, :n], 2))
+    assert model.double()(tokens, 2).dtype == torch.float64
+
+
 def test_rotary_scores_depend_on_distance_alone() -> None:
     cos, sin = rotary_tables(12, 8, 100.0)
     q, k = torch.randn(8), torch.randn(8)
