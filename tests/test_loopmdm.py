@@ -180,7 +180,7 @@ def test_a_model_takes_lengths_and_precisions_in_turn() -> None:
     model, tokens = small_model(), small_tokens()
     for n in (10, 4, 7, 10):
         assert torch.equal(model(tokens[:, :n], 2), small_model()(tokens[:, :n], 2))
-    assert model.double()(tokens, 2).dtype == torch.float64
+    assert model.bfloat16()(tokens, 2).dtype == torch.bfloat16
 
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
