@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hooks.checkpoints import from_dit_state, load_checkpoint
+from hooks.bridges.checkpoints import from_dit_state, load_checkpoint
 from hooks.sites import Topology
 
 VOCAB, WIDTH, HEADS, COND, BLOCKS, LENGTH = 11, 16, 2, 12, 5, 8

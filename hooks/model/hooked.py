@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hooks.edits import Edit, PlanEdit, attachments
 from hooks.hook_points import Attached, HookFunction, HookPoint
-from hooks.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
+from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
 
@@ -163,8 +163,8 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
                                "the forward the same n_loops.")
 
     def unroll(self, n_loops: int | None = None, *, t: float | None = None) -> TransformerBridge:
-        """The model as a TransformerLens bridge of ``n_loops`` loops that shares its parameters: `hooks.tl_adapter`."""
-        from hooks.tl_adapter import unroll
+        """The model as a TransformerLens bridge of ``n_loops`` loops that shares its parameters (`hooks.bridges`)."""
+        from hooks.bridges.tl_adapter import unroll
 
         return unroll(self, n_loops, t=t)
 

@@ -1,7 +1,7 @@
 """How often each module of a model runs in one forward: counted in a dry run, printed as a table.
 
 `describe` is the first thing to ask of an unknown looped model; what it returns holds a schedule that
-`hooks.watch` accepts. A dry run leaves no trace: no gradients, random state and buffers as before.
+`hooks.foreign.watching` accepts. A dry run leaves no trace: no gradients, random state and buffers as before.
 
     found = describe(model, tokens)              # prints: module, calls per forward, shapes
     with watch(model, "core.*.hook_out@-1", schedule=found.schedule) as rec:
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from hooks import payload
-from hooks.schedules import Discovered
+from hooks.foreign import payload
+from hooks.foreign.schedules import Discovered
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The layers, their weights, their names and the model's code stay as they are; the block is run again on its
 own output, each layer with the masks and positions that the model itself gave it. Undone by ``remove``, or at
-the end of a ``with`` block. `hooks.watch` knows a loopified model's loops by itself.
+the end of a ``with`` block. `hooks.foreign.watching` knows a loopified model's loops by itself.
 
     with loopify(model, layers=(10, 14), n_loops=3):            # layers 10 to 14, both included
         with watch(model, "model.layers.*.hook_out") as rec:
@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hooks import payload
-from hooks.schedules import LOOPIFIED, Schedule
+from hooks.foreign import payload
+from hooks.foreign.schedules import LOOPIFIED, Schedule
 
 
 def loopify(model: nn.Module, layers: tuple[int, int], n_loops: int, *, stack: str | None = None) -> Loops:
@@ -63,7 +63,7 @@ class Loops:
 
     @property
     def schedule(self) -> Schedule:
-        """What `hooks.watch` needs to know: each layer of the block runs ``n_loops`` times."""
+        """What `hooks.foreign.watching` needs to know: each layer of the block runs ``n_loops`` times."""
         return Schedule({f"{self.path}.{self.first + i}": self._n_loops for i in range(len(self.block))})
 
     def remove(self) -> None:

@@ -3,7 +3,8 @@
     H(0) = head(tokens),  H(k) = mid(H(k−1)) for k = 1..S,  logits = tail(H(S))
 
 The mid layers share their weights over the S loops, so S is a compute knob at inference.
-Configuration and forward pass; `hooks.hooked` records and edits it, `hooks.diffusion` trains and samples it.
+Configuration and forward pass; `hooks.model.hooked` records and edits it, `hooks.model.diffusion` trains and
+samples it.
 
     model = LoopMDM(LoopMDMConfig(vocab_size=3, mask_token_id=2, max_seq_len=96))
     logits = model(tokens, n_loops=16)                        # [batch, pos, vocab]
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.hook_points import HookPoint, LoopClock
-from hooks.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
+from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
 from hooks.sites import SiteSpace, Topology
 
@@ -32,7 +33,7 @@ MASK_LOGIT = -1e6
 """Added to the mask token's logit: a denoiser never predicts the mask (2406.07524)."""
 
 FOR_TRANSFORMERS: dict[str, Any] = {"model_type": "loopmdm", "architectures": ["LoopMDMForMaskedLM"]}
-"""What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.hf`)."""
+"""What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.bridges.hf`)."""
 
 
 @dataclass(frozen=True)
