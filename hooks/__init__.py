@@ -15,7 +15,8 @@ from hooks.hook_points import HookPoint
 from hooks.model.hooked import HookedLoopMDM
 from hooks.model.loopmdm import AdaptiveOutput, LoopMDM, LoopMDMConfig
 from hooks.recording import Recording
-from hooks.sites import Site, SiteError, SiteSpace, Topology
+from hooks.sites import Site, SiteError, SiteSpace
+from hooks.topology import Topology
 
 __all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "Recording",
            "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "describe", "loopify", "watch"]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hooks.model.hooked import HookedLoopMDM
 from hooks.model.loopmdm import LoopMDMConfig
-from hooks.sites import Topology
+from hooks.topology import Topology
 
 TimeConditioning = Literal["none", "t", "sigma", "constant"]
 

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.recording import Recording
-from hooks.sites import LoopAxes, SiteError, Topology
+from hooks.sites import LoopAxes, SiteError
+from hooks.topology import Topology
 
 if TYPE_CHECKING:
     from transformer_lens.ActivationCache import ActivationCache

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from hooks.hook_points import HookPoint, LoopClock
 from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
-from hooks.sites import SiteSpace, Topology
+from hooks.sites import SiteSpace
+from hooks.topology import Topology
 
 MASK_LOGIT = -1e6
 """Added to the mask token's logit: a denoiser never predicts the mask (2406.07524)."""
@@ -287,15 +288,20 @@ class LoopMDM(nn.Module):
 
         ``step`` runs other layers, or the same as another loop, while sites say ``@k``.
         """
+        x = self.loop_input(x, k, embedded, index=k if step is None else step.index)
+        return self._layers(x, self._mid_layers() if step is None else step.layers, condition)
+
+    def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"], *,
+                   index: int) -> Float[Tensor, "batch pos d_model"]:
+        """What the first layer of loop ``k`` reads: the state, with injection and the embedding of loop ``index``."""
         config = self.config
         self.clock.loop = k
-        index = k if step is None else step.index
         x = self.hook_loop_in(x)
         if config.input_injection == "add":
             x = x + self.hook_injection(embedded)
         if config.loop_embedding == "learned":
             x = x + self.hook_loop_embed(self.loop_embed.weight[min(index, config.max_loops - 1)].expand_as(x))
-        return self._layers(x, self._mid_layers() if step is None else step.layers, condition)
+        return x
 
     def tail(self, x: Float[Tensor, "batch pos d_model"],
              condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
