@@ -19,14 +19,14 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooks.contract import HookList, Inputs, Kind, Levels, LoopedModel, Unavailable, tensors_of
+from hooks.contract import HookList, Inputs, Kind, Levels, LoopedModel, Run, Unavailable, tensors_of
 from hooks.foreign import payload
 from hooks.foreign.architectures import Architecture, declared, element, known
 from hooks.foreign.discovery import discover, random_state_kept
@@ -68,7 +68,7 @@ def adopt(module: nn.Module, *, layers: Sequence[str] | None = None, n_loops: in
         raise TypeError(f"adopt takes an nn.Module, not {type(module).__name__}.")
     architecture = known(module) if layers is None else None
     if architecture is None:
-        architecture = declared(module, layers, n_loops, attention, schedule)
+        architecture = declared(module, layers, n_loops, schedule)
     elif schedule is not None:
         raise ValueError("schedule belongs to layers: name both, or neither for a model that is known.")
     return AdoptedModel(module, architecture, n_loops=n_loops, readout=readout, attention=attention, axes=axes,
@@ -92,10 +92,11 @@ class AdoptedModel(LoopedModel):
     def __init__(self, module: nn.Module, architecture: Architecture, *, n_loops: int | str | None,
                  readout: Readout | None, attention: str | None, axes: Sequence[str] | None, tokenizer: Any,
                  seed: int):
+        if attention is not None:
+            architecture = replace(architecture, attention=element(attention))
         self.module, self.architecture, self.tokenizer, self.seed = module, architecture, tokenizer, seed
         self._drew = False
         self._max_loops = n_loops if isinstance(n_loops, int) else architecture.n_loops
-        self._attention = attention
         self._axes = None if axes is None else StateAxes(tuple(axes))
         self._lock = threading.RLock()
         self._parameters = inspect.signature(module.forward).parameters
@@ -118,6 +119,10 @@ class AdoptedModel(LoopedModel):
     def max_loops(self) -> int:
         return self._max_loops
 
+    @property
+    def mask_token_id(self) -> int | None:
+        return getattr(self.tokenizer, "mask_token_id", None)
+
     def topology(self, n_loops: int | None = None) -> Topology:
         n_loops = self._max_loops if n_loops is None else n_loops
         if not isinstance(n_loops, int) or isinstance(n_loops, bool) or n_loops < 1:
@@ -133,22 +138,20 @@ class AdoptedModel(LoopedModel):
         return places_of(self.module, self._schedule(n_loops)).space
 
     def site(self, depth: int, kind: Kind = "resid_post", *, n_loops: int | None = None) -> str:
-        hook = self.architecture.hooks.get(kind)
-        if hook is None:
+        if kind not in self.architecture.hooks:
             raise Unavailable(f"{self.name} has no site of its own for {kind}: hooks.describe(module, inputs) lists "
                               "its modules, and each has hook_in and hook_out.")
-        return self.topology(n_loops).site_at(depth, hook)
+        return self.topology(n_loops).site_at(depth, f"hook_{kind}")
 
     def attention(self, depth: int, *, n_loops: int | None = None) -> str:
-        relative = self.architecture.attention if self._attention is None else element(self._attention)
-        if relative is None:
+        if self.architecture.attention is None:
             raise Unavailable(f"{self.name}: where the attention pattern of a layer is, is not known. If a module of "
                               "the layer returns it, pass adopt(..., attention='attn.hook_out.1').")
         chosen = getattr(getattr(self.module, "config", None), "_attn_implementation", None)
         if self.architecture.needs_eager and chosen not in (None, "eager"):
             raise Unavailable(f"{self.name} runs attention in a fused kernel ({chosen}), which makes no pattern: load "
                               "it with attn_implementation=\"eager\".")
-        return self.topology(n_loops).site_at(depth, relative)
+        return self.topology(n_loops).site_at(depth, "attn.hook_pattern")
 
     # ---- running, recording, editing
 
@@ -239,16 +242,23 @@ class AdoptedModel(LoopedModel):
             axes: StateAxes = context.trace.axes
             return axes.canonical(self._readout(axes.native(state)), "the readout's result")
 
+    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Run:
+        _, context = self.enter(inputs, n_loops)
+        states = tuple(context.trace.state(depth) for depth in range(context.topology.depth + 1))
+        own = self._logits(context.trace.answer) if self._own_logits() else self.read(states[-1], context)
+        return Run(states, own, context)
+
     # ---- what its answers are about
 
     def scored(self, inputs: Inputs) -> Bool[Tensor, "batch pos"]:
         tokens = self._tokens(inputs)
-        if self.architecture.answers == "masked" or (self.architecture.answers == "any" and self._mask_id is not None):
-            if self._mask_id is None:
+        answers = self.architecture.answers
+        if answers == "masked" or (answers == "any" and self.mask_token_id is not None):
+            if self.mask_token_id is None:
                 raise Unavailable(f"{self.name} is a masked model, and which token is the mask is not known: adopt it "
                                   "with tokenizer=, whose mask_token_id says it.")
-            return tokens == self._mask_id
-        if self.architecture.answers == "next":
+            return tokens == self.mask_token_id
+        if answers == "next":
             real = self._real(inputs, tokens)
             return torch.cat([real[:, 1:] & real[:, :-1], torch.zeros_like(real[:, :1])], dim=1)
         return torch.ones_like(tokens, dtype=torch.bool)
@@ -319,8 +329,8 @@ class AdoptedModel(LoopedModel):
         except (Unavailable, ValueError):  # it answers in something else: then the readout is all there is
             own = last
         if own.shape == read.shape and not (own.shape == last.shape and torch.equal(own, last)):
-            apart = float((own - read).abs().max())
-            if not apart <= 1e-3 * (1 + float(own.abs().max())):
+            apart = float((own - read).detach().abs().max())
+            if not apart <= 1e-3 * (1 + float(own.detach().abs().max())):
                 raise ValueError(f"the readout of the last layer's state differs from what {self.name} answers, by up "
                                  f"to {apart:.3g}: layers between the loop and the answer are missing from layers=, or "
                                  "leave readout out, and the model's own code reads the state.")
@@ -369,10 +379,6 @@ class AdoptedModel(LoopedModel):
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         return mask.bool() if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(
             tokens, dtype=torch.bool)
-
-    @property
-    def _mask_id(self) -> int | None:
-        return getattr(self.tokenizer, "mask_token_id", None)
 
     def _schedule(self, n_loops: int | None) -> Scheduled:
         n_loops = self.topology(n_loops).n_loops

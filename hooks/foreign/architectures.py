@@ -54,7 +54,11 @@ class Architecture:
     carries: bool = True                   # is a layer's state all that later loops get from earlier ones?
 
     def topology(self, n_loops: int) -> Topology:
-        return Topology(len(self.head), len(self.mid), len(self.tail), n_loops, (*self.head, *self.mid, *self.tail))
+        aliases = {f"hook_{kind}": hook for kind, hook in self.hooks.items()}
+        if self.attention is not None:
+            aliases["attn.hook_pattern"] = self.attention
+        return Topology(len(self.head), len(self.mid), len(self.tail), n_loops, (*self.head, *self.mid, *self.tail),
+                        tuple(aliases.items()))
 
     def schedule(self, n_loops: int) -> Schedule:
         return Schedule(self.cycles(n_loops))
@@ -68,7 +72,7 @@ class Architecture:
 # -------------------------------------------------------------------- declared
 
 
-def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str | None, attention: str | None,
+def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str | None,
              cycles: Schedule | Mapping[str, Cycles] | None) -> Architecture:
     """The architecture of a module of one's own. ``layers`` are paths, globs allowed, in the order in which they run.
 
@@ -108,7 +112,7 @@ def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str
     return Architecture(tuple(place(path, 0, "") for path in paths[:first]),
                         tuple(place(path, i, "{k}") for i, path in enumerate(mid)),
                         tuple(place(path, 0, "") for path in paths[last:]), count, entries, setting,
-                        attention=None if attention is None else element(attention), answers=_answers(module))
+                        answers=_answers(module))
 
 
 def _expanded(module: nn.Module, layers: Sequence[str]) -> list[str]:
