@@ -7,11 +7,12 @@
     rec["blocks.2.hook_resid_post@3"]
 """
 
+from hooks.config import LoopMDMConfig
 from hooks.discovery import describe
 from hooks.hook_points import HookPoint
 from hooks.hooked import HookedLoopMDM
 from hooks.loopify import loopify
-from hooks.loopmdm import AdaptiveOutput, LoopMDM, LoopMDMConfig
+from hooks.loopmdm import AdaptiveOutput, LoopMDM
 from hooks.recording import Recording
 from hooks.schedules import Schedule
 from hooks.sites import Site, SiteError, SiteSpace, Topology

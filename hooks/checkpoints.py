@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hooks.config import LoopMDMConfig
 from hooks.hooked import HookedLoopMDM
-from hooks.loopmdm import LoopMDMConfig
 from hooks.sites import Topology
 
 TimeConditioning = Literal["none", "t", "sigma", "constant"]

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from hooks.config import FOR_TRANSFORMERS, LoopMDMConfig
 from hooks.hooked import HookedLoopMDM
-from hooks.loopmdm import FOR_TRANSFORMERS, LoopMDMConfig
 
 
 class LoopMDMPretrainedConfig(PretrainedConfig):

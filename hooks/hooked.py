@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hooks.config import FOR_TRANSFORMERS, LoopMDMConfig
 from hooks.edits import Edit, PlanEdit, attachments
 from hooks.hook_points import Attached, HookFunction, HookPoint
-from hooks.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
+from hooks.loopmdm import LoopMDM
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
 

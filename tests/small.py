@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "time-sigma": {"time_conditioning": "sigma"},
     "time-constant": {"time_conditioning": "constant"},
     "injection": {"input_injection": "add"},
+    "head-injection": {"input_injection": "head"},
+    "head-injection-layernorm": {"input_injection": "head", "norm": "layer", "n_head_layers": 0},
     "loop-embedding": {"loop_embedding": "learned"},
     "tied": {"tie_embeddings": True},
     "all-looped": {"n_head_layers": 0, "n_tail_layers": 0},
