@@ -37,6 +37,14 @@ class Preset:
     model: dict[str, Any] = field(default_factory=dict)   # LoopMDMConfig fields beside the task's defaults
     train: dict[str, Any] = field(default_factory=dict)   # TrainConfig fields beside the defaults
 
+    def entry(self, kind: Kind, seed: int) -> str:
+        """Name of a run, and of its zoo folder."""
+        return "-".join(filter(None, (self.task.name, kind, self.seeded(seed))))
+
+    def seeded(self, seed: int) -> str:
+        """The variant of one seed; seed 0 has no mark."""
+        return "-".join(filter(None, (self.variant, f"s{seed}" if seed else "")))
+
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
         """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count."""
         recipe = {**FAST, **self.train, **overrides}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -350,8 +350,8 @@ class _Plot:
 
     def only(self, chosen: Bool[Tensor, "example"]) -> _Plot:
         """Some of the stories."""
-        return _Plot(**{name: value[chosen] if isinstance(value, Tensor) else value
-                        for name, value in vars(self).items()})
+        kept: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
