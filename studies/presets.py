@@ -15,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from studies.flops import mean_loops, training_flops
-from studies.tasks import Arithmetic, Automaton, Pointer, Sudoku, Task, Text
+from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
 from studies.training import Kind, TrainConfig
 
 FAST: dict[str, Any] = {"precision": "bf16", "compile": True}
+GROWN: dict[str, Any] = {"loops_drawn": "growth", "masks": "exact"}
+"""The recipe under which loops are used (results/recipe.md). Presets without it made checkpoints before it was known,
+and keep making the same ones."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class Preset:
     budget_flops: float | None = None  # instead of what ``steps`` steps of this model cost
     model: dict[str, Any] = field(default_factory=dict)   # LoopMDMConfig fields beside the task's defaults
     train: dict[str, Any] = field(default_factory=dict)   # TrainConfig fields beside the defaults
+
+    def entry(self, kind: Kind, seed: int) -> str:
+        """Name of a run, and of its zoo folder."""
+        return "-".join(filter(None, (self.task.name, kind, self.seeded(seed))))
+
+    def seeded(self, seed: int) -> str:
+        """The variant of one seed; seed 0 has no mark."""
+        return "-".join(filter(None, (self.variant, f"s{seed}" if seed else "")))
 
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
         """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count."""
@@ -76,8 +87,11 @@ def _ablation(change: dict[str, Any], name: str) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "automaton": Preset(_AUTOMATON, steps=2400, time="6 minutes per kind"),
-    "sudoku6": Preset(Sudoku(size=6), steps=5000, time="5 minutes per kind", variant="6x6"),
+    "automaton": Preset(_AUTOMATON, steps=2400, time="6 minutes per kind", train=GROWN),
+    "sudoku6": Preset(Sudoku(size=6), steps=5000, time="5 minutes per kind", variant="6x6", train=GROWN),
+    "stories": Preset(Stories(kinds=("directions",), steps=8), steps=860, time="2 minutes per kind",
+                      train={**GROWN, "lr": 4e-3, "warmup_steps": 100, "eval_every": 100,
+                             "precision": "fp32", "compile": False}),   # too small to gain from either
     "sudoku9": Preset(Sudoku(size=9, level="singles", extra_givens=6, symmetries=True), steps=4000,
                       time="30 minutes per kind", variant="9x9", train={"batch_size": 64}),
     "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, time="11 minutes per kind"),

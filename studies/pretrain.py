@@ -77,8 +77,7 @@ def main(args: Pretrain) -> int:
             left = None if deadline is None else max(1.0, deadline - time.monotonic())
             chosen = {"steps": args.steps, "precision": args.precision, "compile": args.compile}
             overrides = {key: value for key, value in chosen.items() if value is not None}
-            variant = "-".join(filter(None, (preset.variant, f"s{seed}" if seed else "")))
-            name = "-".join(filter(None, (preset.task.name, kind, variant)))
+            variant, name = preset.seeded(seed), preset.entry(kind, seed)
             config = preset.train_config(kind, seed, time_budget_s=left, out=str(args.runs / name),
                                          device=args.device, threads=args.threads, **overrides)
             result = train(config)

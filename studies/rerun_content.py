@@ -71,11 +71,10 @@ def _accuracy_over_loops(setting: Setting, content: Operation) -> None:
 def _right_after_each_loop(setting: Setting, model: HookedLoopMDM, n_loops: int) -> torch.Tensor:
     """Is each position right after 1, 2 … ``n_loops`` loops: [loop, example, pos]; one forward serves them all."""
     condition = model.condition(setting.noised, setting.t)
-    embedded = model.embed_tokens(setting.noised)
-    x = model.head(embedded, condition)
+    x, injected = model.begin(setting.noised, condition)
     right = []
     for k in range(n_loops):
-        x = model.loop(x, k, embedded, condition)
+        x = model.loop(x, k, injected, condition)
         right.append(model.tail(x, condition).argmax(-1) == setting.batch.tokens)
     return torch.stack(right).float()
 

@@ -70,11 +70,10 @@ def bound(model: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], noised: Int[Te
     rows, targets = masked.nonzero()[:, 0], tokens[masked]
     condition = model.condition(noised, t)
     condition_of_masked = None if condition is None else condition[rows]
-    embedded = model.embed_tokens(noised)
-    x = model.head(embedded, condition)
+    x, injected = model.begin(noised, condition)
     total = torch.zeros((), device=tokens.device)
     for k in range(n_loops):
-        x = model.loop(x, k, embedded, condition)
+        x = model.loop(x, k, injected, condition)
         if loss_on == "last" and k < n_loops - 1:
             continue
         hidden = model.tail_layers(x, condition)[masked][:, None]

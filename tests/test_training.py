@@ -23,7 +23,8 @@ from studies import zoo
 from studies.flops import forward_flops, mean_loops, training_flops
 from studies.presets import PRESETS
 from studies.tasks import Automaton, Batch
-from studies.training import TrainConfig, loop_weights, train
+from studies.training import TrainConfig, train
+from studies.training_draws import loop_weights
 from studies.training_step import Share, TrainingStep, bound
 from tests.small import VARIANTS, small_model
 
@@ -217,8 +218,13 @@ def test_loops_drawn_by_equal_flops_spend_the_same_on_every_number_of_loops():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"micro_batches": 3}, "batch_size 4 is not a multiple of micro_batches 3"),
     ({"precision": "fp8"}, "precision must be one of fp32, bf16, not 'fp8'"),
-    ({"schedule": "steps"}, "schedule must be one of cosine, linear, constant"),
-    ({"loops_drawn": "few"}, "loops_drawn must be one of uniform, equal_flops")])
+    ({"schedule": "steps"}, "schedule must be one of cosine, linear, constant, wsd"),
+    ({"decay_share": 0.0}, "decay_share must be above 0 and at most 1"),
+    ({"lr_of_kind": {"triplet": 1e-3}}, r"lr_of_kind names \['triplet'\]; kinds are loop, twin, deep"),
+    ({"kind": "wide"}, "kind must be one of loop, twin, deep"),
+    ({"masks": "all"}, "masks must be one of bernoulli, exact"),
+    ({"noise_levels": "flat"}, "noise_levels must be one of uniform, bell"),
+    ({"loops_drawn": "few"}, "loops_drawn must be one of uniform, growth, equal_flops")])
 def test_a_recipe_that_makes_no_sense_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, **changes)

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hooks.model.config import LoopMDMConfig
 from hooks.model.hooked import HookedLoopMDM
-from hooks.model.loopmdm import LoopMDMConfig
 from hooks.topology import Topology
 
 TimeConditioning = Literal["none", "t", "sigma", "constant"]

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from hooks.model.config import FOR_TRANSFORMERS, LoopMDMConfig
 from hooks.model.hooked import HookedLoopMDM
-from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDMConfig
 
 
 class LoopMDMPretrainedConfig(PretrainedConfig):

@@ -30,7 +30,8 @@ from torch import Tensor
 from hooks.contract import HookList, Kind, Levels, LoopedModel
 from hooks.edits import PlanEdit, attachments
 from hooks.hook_points import Attached, HookFunction, HookPoint
-from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
+from hooks.model.config import FOR_TRANSFORMERS, LoopMDMConfig
+from hooks.model.loopmdm import LoopMDM
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
 from hooks.topology import Topology
@@ -44,12 +45,12 @@ class RunContext:
     """What the layers of one run need besides the state."""
 
     topology: Topology
-    embedded: Float[Tensor, "batch pos d_model"]
+    injected: Float[Tensor, "batch pos d_model"]     # what input injection adds at each loop
     condition: Float[Tensor, "batch d_cond"] | None
 
     def rows(self, index: Int[Tensor, "row"]) -> RunContext:
-        index = index.to(self.embedded.device)
-        return RunContext(self.topology, self.embedded[index],
+        index = index.to(self.injected.device)
+        return RunContext(self.topology, self.injected[index],
                           None if self.condition is None else self.condition[index])
 
 
@@ -215,8 +216,8 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                 raise ValueError("loops are skipped, repeated or swapped by an edit, and enter() begins a run of the "
                                  "layers in their own order: leave the edit's block first.")
             tokens, n_loops = self._checked(inputs, n_loops)
-            embedded = self.embed_tokens(tokens)
-            return embedded, RunContext(self.config.topology(n_loops), embedded, self.condition(tokens, t))
+            condition, embedded = self.condition(tokens, t), self.embed_tokens(tokens)
+            return embedded, RunContext(self.config.topology(n_loops), self._injected(embedded, condition), condition)
 
     def apply(self, depth: Any, state: Any = None, context: Any = None) -> Any:
         """The layer at ``depth`` on ``state`` [batch, pos, d_model]; ``apply(fn)`` is still that of ``nn.Module``."""
@@ -230,13 +231,23 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
             if loop is not None:
                 self.clock.loop = loop
                 if (depth - topology.n_head) % topology.n_mid == 0:
-                    state = self.loop_input(state, loop, context.embedded, index=loop)
+                    state = self.loop_input(state, loop, context.injected, index=loop)
             return self._layers(state, (layer,), context.condition)
 
     def read(self, state: Float[Tensor, "batch pos d_model"],
              context: RunContext) -> Float[Tensor, "batch pos vocab"]:
         with self.exclusive():
             return self.unembed(state, context.condition)
+
+    def _injected(self, embedded: Tensor, condition: Tensor | None) -> Tensor:
+        """What input injection adds in a run; the head is run for it once more where its output is injected, unseen."""
+        if self.config.input_injection != "head":
+            return embedded
+        muted, self.clock.muted = self.clock.muted, True
+        try:
+            return self.injected(embedded, self.head(embedded, condition))
+        finally:
+            self.clock.muted = muted
 
     def scored(self, inputs: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         return inputs == self.config.mask_token_id
