@@ -36,7 +36,7 @@ def judge(setting: Setting, operation: Operation, content: Operation) -> dict[st
     smallest = {"probe_slope": SMALLEST_SLOPE * regions, "accuracy_gain": SMALLEST_GAIN}
     decision = decide({key: content.value(key, "loop") for key in smallest}, smallest)
     region = setting.task.region_name
-    operation_words = f"{_on_attention(operation)} {_on_freezing(operation)} {OPEN}"
+    operation_words = f"{_on_attention(operation)} {_on_freezing(operation)}"
     content_words = (
         f"The content {_DECIDED[decision]}: linear probes read {content.value('probe_slope', 'loop')} more {region}s "
         f"per loop, and accuracy rises by {content.value('accuracy_gain', 'loop')} from one loop to "
@@ -44,7 +44,7 @@ def judge(setting: Setting, operation: Operation, content: Operation) -> dict[st
         f"{region}s per loop ({SMALLEST_SLOPE:.0%} of {regions}) and {SMALLEST_GAIN:g} of accuracy, with the whole "
         "interval.")
     conclusion = f"{_CONCLUDED[decision]} {OPEN}"
-    return {"question": QUESTION, "verdict": f"{operation_words} {content_words}", "conclusion": conclusion,
+    return {"question": QUESTION, "verdict": f"{content_words} {operation_words} {OPEN}", "conclusion": conclusion,
             "operation": {"decision": "open", "words": operation_words},
             "content": {"decision": decision, "smallest": smallest, "words": content_words},
             "subjects": {**SUBJECTS, "untrained": f"{len(setting.untrained)} untrained LoopMDMs"},
@@ -100,7 +100,7 @@ def _place(ours: Interval, untrained: Spread) -> str:
     if ours.low > untrained.high:
         return "above all of them"
     lower = sum(value < ours.value for value in untrained.each)
-    return f"within that spread ({lower} of {len(untrained.each)} have a lower one)"
+    return f"within that spread (lower ones: {lower} of {len(untrained.each)})"
 
 
 def _on_freezing(operation: Operation) -> str:

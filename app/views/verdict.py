@@ -83,8 +83,8 @@ def _setting(verdict: dict[str, Any]) -> str:
     task = setting.get("task", {})
     difficulty = ", ".join(f"{key} {value}" for key, value in task.items() if key != "name")
     return (f"Task *{task.get('name', '?')}* ({difficulty}), {setting.get('examples', '?')} held-out examples, noise "
-            f"level t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared, beside the unlooped deep "
-            f"twin cut into pseudo-loops and {verdict['subjects'].get('untrained', 'untrained LoopMDMs')}.")
+            f"level t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared, beside the unlooped "
+            f"deep twin cut into pseudo-loops and {verdict['subjects'].get('untrained', 'untrained LoopMDMs')}.")
 
 
 def _evidence(verdict: dict[str, Any]) -> None:
@@ -95,9 +95,10 @@ def _evidence(verdict: dict[str, Any]) -> None:
                   and any("value" in row.get(subject, {}) for subject in subjects)]
         if chosen:
             with column:
-                show.figure(evidence(chosen, subjects), "Each strip is one measure on its own axis, the LoopMDM beside the "
-                            "deep twin (95% bootstrap intervals over held-out examples) and the untrained models (mean, "
-                            "least and greatest). The dotted line is 0, or 1 for ratios.", name=f"evidence-{section}", title=section.capitalize(),
+                show.figure(evidence(chosen, subjects), "Each strip is one measure on its own axis: the LoopMDM and "
+                            "the deep twin with 95% bootstrap intervals over held-out examples, the untrained models "
+                            "one by one, with their mean. The dotted line is 0, or 1 for ratios.",
+                            name=f"evidence-{section}", title=section.capitalize(),
                             table=partial(_plain_table, chosen, subjects))
     with st.expander("The same as a table, with definitions", icon=":material/table:"):
         shown = pd.DataFrame([{
@@ -157,13 +158,15 @@ def _claims(results: Results) -> None:
 def _ablations(results: Results) -> None:
     """What each change of the LoopMDM does to whether its loops settle."""
     verdict = results.verdict
-    st.title("What decides whether the loops settle?", anchor=False)
+    st.title(ablations_report.TITLE + "?", anchor=False)
     st.caption(f"LoopMDMs of six layers on *{verdict['task']}*, one change each, trained for the same FLOPs; "
                f"{verdict['setting']['examples']} held-out examples, every free position masked. Ranges are over "
                "training seeds; a number without one is a single run.")
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
     st.dataframe(pd.DataFrame(ablations_report.rows(verdict)), hide_index=True, width="stretch",
                  column_config={"change": st.column_config.TextColumn(pinned=True)})  # the table is wider than the page
+    for note in ablations_report.notes(verdict):
+        st.caption(note)
     with st.expander("Definitions", icon=":material/menu_book:"):
         st.markdown("\n".join(f"- **{m['name']}**: {m['definition']}" for m in verdict["measures"].values()))
     for number, (title, (what, drawn)) in enumerate(ablations_report.figures(results.datasets["curves"]).items()):
