@@ -45,7 +45,8 @@ def words(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """What changes move by at least `SMALLEST` beyond the range of the base's seeds, and whether states grow."""
     base = next(row for row in table if row["change"] == "base")["values"]
     sentences = []
-    for key, noun in (("converged", "the share of states whose direction settles"), ("exact", "the share of examples right at S_max")):
+    for key, noun in (("converged", "the share of states whose direction settles"),
+                      ("exact", "the share of examples right at S_max")):
         seeds = _finite(base[key])
         if not len(seeds):
             continue

@@ -164,8 +164,11 @@ def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tup
     verdict = json.loads((folders[1] / "rerun-automaton" / "verdict.json").read_text())
     opened(app, "verdict")
     text = "\n".join(str(part.value) for part in (*app.title, *app.markdown))
-    for words in (verdict["question"], verdict["operation"]["words"], verdict["content"]["words"]):
+    for words in (verdict["question"], verdict["conclusion"], verdict["operation"]["words"],
+                  verdict["content"]["words"]):
         assert words in text
+    assert "gray-badge[open]" in text
+    assert "green" not in text, "nothing here is shown to be so"
     table = app.dataframe[0].value
     assert table["measure"].tolist() == [row["measure"] for row in verdict["table"]]
     assert {button.key for button in app.get("download_button")} >= {"report", "json"}
