@@ -174,6 +174,14 @@ def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tup
     assert {button.key for button in app.get("download_button")} >= {"report", "json"}
 
 
+def test_the_dynamics_page_tells_no_factor_by_which_loops_contract(app: AppTest) -> None:
+    """A state that grows by one vector again and again nears its own end as 1/k: no factor per loop describes it."""
+    opened(app, "dynamics", loops="8")
+    said = "\n".join(str(caption.value) for caption in app.caption)
+    assert "multiplies" not in said
+    assert "7.8e-03 is what a state shows that grows by one vector again and again" in said
+
+
 @pytest.mark.parametrize("damage", ["gone", "half"])
 def test_missing_or_damaged_results_name_the_command(app: AppTest, damage: str, tmp_path: Path,
                                                      folders: tuple[Path, Path],
