@@ -22,7 +22,7 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-study: $(STAMP)  ## ask the headline question of the bundled models again
+study: $(STAMP)  ## measure again what the loops of the bundled models have in common, and whether content advances
 	$(BIN)/python studies/rerun.py
 
 bench: $(STAMP)  ## speed and memory against the peers

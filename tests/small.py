@@ -53,6 +53,13 @@ def small_model(seed: int = 0, **changes: Any) -> HookedLoopMDM:
     return model.eval()
 
 
+def uniform_attention(model: HookedLoopMDM) -> HookedLoopMDM:
+    """The same model, changed so that every head looks everywhere alike: queries and keys are zero."""
+    for block in model.blocks:
+        block.attn.qkv.weight.data[:2 * model.config.d_model] = 0
+    return model
+
+
 def small_tokens(batch: int = 3, pos: int = 9, seed: int = 0) -> Tensor:
     """[batch, pos] ids with masks among them, at least one masked and one visible position in each row."""
     tokens = torch.randint(0, MASK + 1, (batch, pos), generator=torch.Generator().manual_seed(seed))

@@ -234,6 +234,16 @@ def test_evidence_draws_every_interval() -> None:
     assert [note.text for note in figure.layout.annotations[:2]] == ["ratio same / different", "gain"]
 
 
+def test_evidence_leaves_out_what_has_no_value_and_draws_each_untrained_model() -> None:
+    spread = {"value": 0.6, "low": 0.5, "high": 0.8, "each": [0.5, 0.5, 0.8]}
+    table = [{"measure": "ratio", "loop": {"undefined": "one layer is looped"}, "untrained": spread}]
+    figure = evidence(table, {"loop": "LoopMDM", "untrained": "3 untrained LoopMDMs"})
+    mean, each = figure.data
+    assert mean.x == (0.6,)
+    assert each.x == (0.5, 0.5, 0.8)
+    assert set(each.y) == set(mean.y)
+
+
 def test_depths_are_named_by_layer_and_loop() -> None:
     layer, loop = [0, 1, 2, 1, 2, 3], [-1, 0, 0, 1, 1, -1]
     assert depth_names(layer, loop) == ["layer 0 (head)", "layer 1, loop 0", "layer 2, loop 0", "layer 1, loop 1",
