@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import xarray as xr
 
-from studies.zoo import Entry
+from studies.zoo import Entry, read_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -56,19 +56,36 @@ def write_results(folder: str | Path, *, verdict: Mapping[str, Any], datasets: M
     return final
 
 
+SCRIPTS = {"rerun": "studies/rerun.py", "claims": "studies/compute.py", "ablations": "studies/ablations.py",
+           "longer": "studies/longer.py"}
+"""The program that makes a results folder, by what its name begins with."""
+
+
+def made_by(folder: str | Path) -> str:
+    """The command that makes a results folder."""
+    return f"python {SCRIPTS.get(Path(folder).name.partition('-')[0], 'studies/rerun.py')}"
+
+
 def read_results(folder: str | Path) -> Results:
-    """Read a results folder. FileNotFoundError names the command that makes it."""
+    """Read a results folder. FileNotFoundError and ValueError name the file, and the command that makes it."""
     import h5netcdf
 
     path = Path(folder)
+    remedy = f"make it again with `{made_by(path)}`"
     for file in ("verdict.json", "measurements.nc"):
         if not (path / file).exists():
-            raise FileNotFoundError(f"{path / file} is missing: make it with `python studies/rerun.py` "
-                                    "(or `make study`).")
-    with h5netcdf.File(path / "measurements.nc", "r") as file:
-        names = list(file.groups)
-    datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
-    return Results(path, json.loads((path / "verdict.json").read_text()), datasets)
+            raise FileNotFoundError(f"{path / file} is missing: {remedy} (`make study` makes all of them).")
+    try:
+        verdict = read_json(path / "verdict.json")
+    except ValueError as error:
+        raise ValueError(f"{path / 'verdict.json'}: {error}; {remedy}.") from error
+    try:
+        with h5netcdf.File(path / "measurements.nc", "r") as file:
+            names = list(file.groups)
+        datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
+    except Exception as error:   # of h5py, h5netcdf or xarray, each of its own kind
+        raise ValueError(f"{path / 'measurements.nc'}: it cannot be read ({error}); {remedy}.") from error
+    return Results(path, verdict, datasets)
 
 
 def provenance(args: Any, entries: Iterable[Entry], *, seconds: float) -> dict[str, Any]:
