@@ -165,8 +165,9 @@ def quantity(label: str, values: xr.DataArray, *, limits: tuple[float, float] = 
 
 
 def ratio_quantity(label: str, ratio: xr.DataArray, side: xr.DataArray, **options: Any) -> Quantity:
-    """A positive ratio over axis ``seed``; ``side`` is −1 where it is known only to be below its value, 1 above, 0 exact.
+    """A positive ratio over axis ``seed``, and its interval.
 
+    ``side`` (seed) is −1 where the ratio is known only to be below its value, 1 where above, and 0 where it is exact.
     Ratios known exactly: geometric mean, and Student's t interval of the logarithm. With bounds among them: the
     median, which a bound leaves defined, and its interval from order statistics, which takes six seeds.
     """
@@ -189,7 +190,8 @@ def ratio_quantity(label: str, ratio: xr.DataArray, side: xr.DataArray, **option
     rank = int(stats.binom.ppf(TAIL, n, 0.5))   # P(fewer than this many seeds below the median) ≤ 2.5%
     if rank:
         low, high = lows[rank - 1], highs[n - rank]
-    least, most = float(np.median(lows)), float(np.median(highs))
+    with np.errstate(divide="ignore"):   # a ratio that may be 0
+        least, most = (float(np.exp(np.median(np.log(ends)))) for ends in (lows, highs))
     if least == most:
         return Quantity(label, most, low, high, over, **options)
     if math.isfinite(most):

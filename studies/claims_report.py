@@ -101,8 +101,10 @@ def _sampling_figure(data: xr.Dataset) -> go.Figure:
 
 def _seeds(figure: go.Figure, values: xr.DataArray, axis: str, kind: str, *, label: str | None = None,
            dash: str = "solid") -> None:
-    """A thin line per seed, and a thick one of their mean; ``values`` over (seed, ``axis``)."""
+    """A thin line per seed, and a thick one of their mean, if any was measured; values over (seed, ``axis``)."""
     x, lines = seed_lines(values, axis)
+    if not lines:
+        return
     for own_x, own_y in lines if len(lines) > 1 else []:
         figure.add_scatter(x=own_x, y=own_y, mode="lines", showlegend=False, opacity=0.35,
                            line={"color": COLOURS[kind], "width": 1, "dash": dash})

@@ -159,8 +159,10 @@ def curve_of(table: pd.DataFrame) -> pd.DataFrame:
     """A table of evaluations that has what every curve is drawn from. ValueError says what it lacks."""
     from pandas.api.types import is_numeric_dtype
 
-    if bad := [name for name in ("flops", "nelbo") if name not in table or not is_numeric_dtype(table[name])]:
-        raise ValueError(f"it has no numbers called {' and '.join(bad)}")
+    if missing := sorted({"flops", "nelbo"} - set(table.columns)):
+        raise ValueError(f"it has no column {' and '.join(missing)}")
+    if bad := [str(name) for name in table.columns if not is_numeric_dtype(table[name])]:
+        raise ValueError(f"its column {' and '.join(bad)} does not hold numbers")
     if table.empty:
         raise ValueError("it holds no evaluation")
     return table
