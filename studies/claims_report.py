@@ -50,7 +50,10 @@ def claim_figures(pooled: Mapping[str, xr.Dataset]) -> dict[str, go.Figure]:
     figures = {"a": go.Figure(), "b": go.Figure(), "c": go.Figure(), "d": go.Figure(), "e": go.Figure()}
     for kind in loops.kind.values:
         _seeds(figures["a"], pooled["training"].nelbo.sel(kind=kind), "flops", str(kind))
-    _laid_out(figures["a"], "training FLOPs", "held-out NELBO [nat per free token]", log_y=True)
+    _laid_out(figures["a"], "training FLOPs (thick line: mean of the seeds)" if loops.sizes["seed"] > 1
+              else "training FLOPs", "held-out NELBO [nat per free token]", log_y=True)
+    figures["a"].update_xaxes(exponentformat="power")
+    figures["a"].update_yaxes(dtick=1 if _decades(pooled["training"].nelbo) > 1 else None, exponentformat="power")
     for kind in loops.kind.values:
         at = loops.exact.sel(kind=kind, n_loops=s_max if kind == "loop" else 1).mean("example")
         figures["b"].add_bar(x=[NAMES[kind]], y=[float(at.mean("seed"))], marker_color=COLOURS[kind], name=NAMES[kind])
@@ -127,6 +130,12 @@ def seed_lines(values: xr.DataArray, axis: str) -> tuple[np.ndarray, list[tuple[
     first, last = max(own[0] for own, _ in lines), min(own[-1] for own, _ in lines)
     shared = lines[0][0]
     return shared[(shared >= first) & (shared <= last)], lines
+
+
+def _decades(values: xr.DataArray) -> float:
+    """Powers of ten between the least and the largest positive value; 0 where there is none."""
+    positive = values.where(values > 0)
+    return float(np.log10(positive.max() / positive.min()).fillna(0))
 
 
 def _laid_out(figure: go.Figure, x: str, y: str, *, y_range: list[float] | None = None,

@@ -21,6 +21,7 @@ from app.figures.style import (
     ORANGE,
     VERMILLION,
     colourbar,
+    key,
     ramp,
     region_ticks,
     styled,

@@ -205,10 +205,11 @@ def _board_axes(figure: go.Figure, look: Look, n_rows: int) -> None:
 
 
 def _board_titles(figure: go.Figure, look: Look, row: int | None = None) -> None:
-    """Axis titles of the last row's panels and of the first column's."""
+    """Axis titles of the last row's panels (for lines, of its first) and of the first column's."""
     style = {"title_font_size": 11, "title_standoff": 2}
     across, down = look.axis_titles
-    figure.update_xaxes(title_text=across, **style, row=row)
+    only_first = look.is_line and row is not None   # the words for lines are longer than a small panel is wide
+    figure.update_xaxes(title_text=across, **style, row=row, col=1 if only_first else None)
     figure.update_yaxes(title_text=down, **style, col=None if row is None else 1)
 
 

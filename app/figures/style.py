@@ -19,7 +19,7 @@ from plotly.colors import sample_colorscale
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
 CATEGORIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, "#5D6D7E", "#000000")
 INK, FAINT, RULE = "#1F2933", "#52606D", "#D9DEE5"
-UNASKED = "#DDE1E6"
+UNASKED = "#D0D0D0"
 """Positions that the model was not asked about: no colour of any scale."""
 
 AMOUNT = "Viridis"          # from little to much

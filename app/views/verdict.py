@@ -155,7 +155,7 @@ def _claims(results: Results) -> None:
                 st.caption(note)
             if judged.quantities:
                 st.dataframe(pd.DataFrame([{"quantity": q.label, "estimate": q.estimate, "95% interval": q.interval,
-                                            "over": q.over, "judged": "told only" if q.bound is None else q.word}
+                                            "over": q.over, "judged": "not judged" if q.bound is None else q.word}
                                            for q in judged.quantities]), hide_index=True, width="stretch")
             picture = results.path / f"{letter}.svg"
             if picture.exists():
