@@ -25,9 +25,11 @@ from typing import Any
 import torch
 import xarray as xr
 
-from studies.zoo import Entry
+from studies.zoo import Entry, Problem, read_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+FILES = ("verdict.json", "measurements.nc")
+"""What a results folder must hold."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,64 @@ def _not_finite(value: Any, where: str = "") -> list[str]:
     return [where] if isinstance(value, float) and not math.isfinite(value) else []
 
 
+SCRIPTS = {"rerun": "studies/rerun.py", "claims": "studies/compute.py", "ablations": "studies/ablations.py",
+           "longer": "studies/longer.py"}
+"""The program that makes a results folder, by what its name begins with."""
+
+
+def made_by(folder: str | Path) -> str:
+    """The command that makes a results folder."""
+    return f"python {SCRIPTS.get(Path(folder).name.partition('-')[0], 'studies/rerun.py')}"
+
+
 def read_results(folder: str | Path) -> Results:
-    """Read a results folder. FileNotFoundError names the command that makes it."""
+    """Read a results folder. FileNotFoundError and ValueError name the file, and the command that makes it."""
+    path = Path(folder)
+    verdict, names = _opened(path)
+    try:
+        datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return Results(path, verdict, datasets)
+
+
+def list_results(folder: str | Path = RESULTS) -> tuple[list[str], list[Problem]]:
+    """Names of the results folders that can be read, and what is wrong with the others. Reads no values."""
+    paths = sorted({file.parent for name in FILES for file in Path(folder).glob(f"*/{name}")})
+    names: list[str] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            _opened(path)
+            names.append(path.name)
+        except (FileNotFoundError, ValueError) as error:
+            file = next(path / name for name in FILES if str(error).startswith(str(path / name)))
+            problems.append(Problem(file, str(error).removeprefix(str(file)).removeprefix(":").strip()))
+    return names, problems
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(the verdict, names of the datasets) of a results folder."""
     import h5netcdf
 
-    path = Path(folder)
-    for file in ("verdict.json", "measurements.nc"):
+    for file in FILES:
         if not (path / file).exists():
-            raise FileNotFoundError(f"{path / file} is missing: make it with `python studies/rerun.py` "
-                                    "(or `make study`).")
-    with h5netcdf.File(path / "measurements.nc", "r") as file:
-        names = list(file.groups)
-    datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
-    return Results(path, json.loads((path / "verdict.json").read_text()), datasets)
+            raise FileNotFoundError(f"{path / file} is missing: make it again with `{made_by(path)}`.")
+    try:
+        verdict = read_json(path / "verdict.json")
+    except ValueError as error:
+        raise ValueError(f"{path / 'verdict.json'}: {error}; make it again with `{made_by(path)}`.") from error
+    try:
+        with h5netcdf.File(path / "measurements.nc", "r") as file:
+            return verdict, list(file.groups)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """h5py, h5netcdf and xarray raise errors of many kinds on a damaged file; they become one."""
+    return ValueError(f"{path / 'measurements.nc'}: it cannot be read ({error}); "
+                      f"make it again with `{made_by(path)}`.")
 
 
 def provenance(args: Any, entries: Iterable[Entry], *, seconds: float) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def test_missing_or_damaged_results_name_the_command(app: AppTest, damage: str, 
         (tmp_path / "rerun-automaton" / "verdict.json").write_text("{}")
     app.run()
     assert not app.exception
-    said = app.info[0].value if damage == "gone" else app.error[0].value
+    said = app.info[0].value if damage == "gone" else app.warning[0].value
     assert "python studies/rerun.py" in said
 
 

@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Bool, Int
 from plotly.subplots import make_subplots
 
-from app.figures.grids import Look, key
+from app.figures.grids import Look
 from app.figures.style import (
     AMOUNT,
     CATEGORIES,
@@ -21,6 +21,7 @@ from app.figures.style import (
     ORANGE,
     VERMILLION,
     colourbar,
+    key,
     ramp,
     region_ticks,
     styled,

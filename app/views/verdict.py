@@ -18,8 +18,10 @@ from app import data, show
 from app.figures.style import styled
 from app.figures.verdict import evidence
 from studies import ablations_report, longer_report, rerun_report
+from studies.claims_judge import Judgement
+from studies.claims_report import HOW_JUDGED
 from studies.rerun_verdict import cell_text, notes
-from studies.results import Results
+from studies.results import Results, made_by
 
 SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
 BADGES = {"advances": "blue", "does not advance": "orange"}
@@ -29,7 +31,13 @@ BADGES = {"advances": "blue", "does not advance": "orange"}
 def main() -> None:
     results = _chosen()
     views = {"claims": _claims, "ablations": _ablations, "more_rows": _longer}  # by what only their verdicts hold
-    next((view for key, view in views.items() if key in results.verdict), _stages)(results)
+    view = next((view for key, view in views.items() if key in results.verdict), _stages)
+    try:
+        view(results)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        # what is shown was read from files, which another version, or a hand, may have left incomplete
+        st.error(f"The results in `{results.path}` are incomplete or damaged ({type(error).__name__}: {error}). Make "
+                 f"them again with `{made_by(results.path)}`.", icon=":material/broken_image:")
 
 
 def _stages(results: Results) -> None:
@@ -59,7 +67,8 @@ def _stages(results: Results) -> None:
 
 def _chosen() -> Results:
     """The study to show; stops with the command that makes one where there is none."""
-    found = data.studies_run()
+    found, problems = data.studies_run()
+    show.problems(problems)
     if not found:
         st.title("Do the loops re-run the same stages?", anchor=False)
         st.info(f"No results in `{data.results_folder()}` yet. Make them with `make study` or "
@@ -73,8 +82,7 @@ def _chosen() -> Results:
     try:
         return data.load_results(name)
     except (FileNotFoundError, OSError, ValueError) as error:
-        st.error(f"These results cannot be read: {error}. Make them again with `python studies/rerun.py`.",
-                 icon=":material/broken_image:")
+        st.error(f"These results cannot be read: {error}", icon=":material/broken_image:")
         st.stop()
 
 
@@ -139,16 +147,18 @@ def _claims(results: Results) -> None:
     st.title("Do the paper's claims hold here?", anchor=False)
     st.caption(f"{verdict.get('task', '')}: claims of arXiv 2605.26106, tested again on "
                f"{len(verdict.get('entries', []))} models of the zoo; seeds {verdict.get('seeds', '?')}.")
-    for letter, judged in verdict["claims"].items():
+    st.caption(HOW_JUDGED)
+    for letter, saved in verdict["claims"].items():
+        judged = Judgement.from_dict(saved)
         with st.container(border=True):
-            colour = {"holds here": "green", "does not hold here": "orange"}.get(judged["word"], "gray")
-            st.markdown(f"**({letter})** {judged['claim']} :{colour}-badge[{judged['word']}]")
-            if note := judged.get("note") or judged.get("missing"):
+            colour = {"holds here": "green", "does not hold here": "orange"}.get(judged.word, "gray")
+            st.markdown(f"**({letter})** {judged.claim} :{colour}-badge[{judged.word}]")
+            if note := " ".join(filter(None, (judged.note, judged.missing))):
                 st.caption(note)
-            if judged.get("quantities"):
-                st.dataframe(pd.DataFrame([{"quantity": q["label"], "estimate": _interval(q), "over": q["over"],
-                                            "judged": q["word"]} for q in judged["quantities"]]),
-                             hide_index=True, width="stretch")
+            if judged.quantities:
+                st.dataframe(pd.DataFrame([{"quantity": q.label, "estimate": q.estimate, "95% interval": q.interval,
+                                            "over": q.over, "judged": "not judged" if q.bound is None else q.word}
+                                           for q in judged.quantities]), hide_index=True, width="stretch")
             picture = results.path / f"{letter}.svg"
             if picture.exists():
                 st.image(str(picture), width=760)
