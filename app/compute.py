@@ -20,7 +20,7 @@ from torch import Tensor
 
 from app.data import Checkpoint, load_entry
 from hooks import HookedLoopMDM
-from hooks.diffusion import DenoisingStep, SamplerConfig, sample
+from hooks.model.diffusion import DenoisingStep, SamplerConfig, sample
 from probes.attention import attention_summary, patterns
 from probes.geometry import classify_tokens, contraction, dynamics, fixed_point, trajectory_pca
 from probes.lenses import LensKind, read_lens

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.loopmdm import LoopMDM, LoopMDMConfig
+from hooks.model.loopmdm import LoopMDM, LoopMDMConfig
 
 
 class PlainAttention(nn.Module):

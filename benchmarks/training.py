@@ -3,7 +3,7 @@
     python -m benchmarks.training             # some minutes on one core; writes benchmarks/training.md
 
 For each preset one optimiser step is timed as its recipe has it (bfloat16 products, compiled blocks, masked
-positions unembedded) and as plain PyTorch has it (float32, eager, the whole output, `hooks.diffusion.nelbo`), in
+positions unembedded) and as plain PyTorch has it (float32, eager, the whole output, `hooks.model.diffusion.nelbo`), in
 alternating rounds. FLOPs are counted from the configuration (`studies.flops`); the matrix rate is the best that
 torch reaches on the products of that model's layers, in the same precision, on as many threads.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Estimate, alternate, compare
-from hooks.diffusion import antithetic_t, corrupt, nelbo
+from hooks.model.diffusion import antithetic_t, corrupt, nelbo
 from studies.flops import training_flops
 from studies.presets import PRESETS
 from studies.training import TrainConfig, TrainingRun

@@ -22,7 +22,7 @@ from torch import Tensor
 from hooks.sites import LoopAxes, Site, SiteSpace
 
 if TYPE_CHECKING:
-    from hooks.loopmdm import LoopMDM
+    from hooks.model.loopmdm import LoopMDM
 
 At = slice | Tensor | Sequence[int]
 """Positions: a slice, indices, or booleans [pos] or [batch, pos]."""

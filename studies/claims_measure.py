@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooks import HookedLoopMDM
-from hooks.diffusion import SamplerConfig, antithetic_t, corrupt, sample
+from hooks.model.diffusion import SamplerConfig, antithetic_t, corrupt, sample
 from probes.attention import attention_summary
 from probes.measurement import measurement
 from studies.tasks import Batch, Task

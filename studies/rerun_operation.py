@@ -22,7 +22,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM
-from hooks.diffusion import corrupt
+from hooks.model.diffusion import corrupt
 from probes import stages
 from probes.measurement import measurement
 from probes.stages import Cycle, Interval

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from hooks.diffusion import antithetic_t, corrupt, nelbo
+from hooks.model.diffusion import antithetic_t, corrupt, nelbo
 from studies.flops import mean_loops, training_flops
 from studies.tasks import Automaton, Task
 from studies.training_step import LossOn, Precision, Share, TrainingStep, join

@@ -62,7 +62,7 @@ def join() -> Share:
 
 def bound(model: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], noised: Int[Tensor, "batch pos"],
           t: Float[Tensor, "batch"], n_loops: int, *, n_free: int, loss_on: LossOn = "last") -> Float[Tensor, ""]:
-    """The negative ELBO of 2406.07524 in nats per free token (`hooks.diffusion.nelbo`), of the last loop's output
+    """The negative ELBO of 2406.07524 in nats per free token (`hooks.model.diffusion.nelbo`), of the last loop's output
     or of every loop's, the k-th weighted by k (weights sum to 1). Divided by ``n_free``, which may count the free
     tokens of a larger batch of which this is a part.
     """

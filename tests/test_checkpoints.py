@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hooks.checkpoints import from_dit_state, load_checkpoint
-from hooks.sites import Topology
+from hooks.bridges.checkpoints import from_dit_state, load_checkpoint
+from hooks.topology import Topology
 
 VOCAB, WIDTH, HEADS, COND, BLOCKS, LENGTH = 11, 16, 2, 12, 5, 8
 TOPOLOGY = Topology(n_head=1, n_mid=2, n_tail=2, n_loops=4)

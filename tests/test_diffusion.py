@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hooks.diffusion import SamplerConfig, antithetic_t, corrupt, nelbo, sample
+from hooks.model.diffusion import SamplerConfig, antithetic_t, corrupt, nelbo, sample
 from tests.small import MASK, small_model
 
 

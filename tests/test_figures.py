@@ -18,7 +18,7 @@ from app.figures.lens import COLOURS, lens_grid, region_curves
 from app.figures.probes import VALUES, probe_curves, probe_grid
 from app.figures.style import depth_axis, depth_names, ramp, region_ticks
 from app.figures.verdict import evidence
-from hooks.diffusion import SamplerConfig, sample
+from hooks.model.diffusion import SamplerConfig, sample
 from probes import (
     attention_summary,
     classify_tokens,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from hooks.layers import rotary_tables, rotate
-from hooks.loopmdm import LoopMDM
+from hooks.model.layers import rotary_tables, rotate
+from hooks.model.loopmdm import LoopMDM
 from tests.small import MASK, VARIANTS, small_config, small_model, small_tokens
 
 variants = pytest.mark.parametrize("variant", list(VARIANTS))

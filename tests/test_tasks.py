@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from hooks.diffusion import corrupt
+from hooks.model.diffusion import corrupt
 from studies.tasks import TASKS, Arithmetic, Automaton, Pointer, Sudoku, Task, Text, load_task
 from studies.tasks import brown as brown_corpus
 

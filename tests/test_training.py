@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from hooks.diffusion import corrupt, nelbo
+from hooks.model.diffusion import corrupt, nelbo
 from studies import zoo
 from studies.flops import forward_flops, mean_loops, training_flops
 from studies.presets import PRESETS

@@ -15,8 +15,8 @@ import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
-from hooks.interop import depth_site, entered_resid, to_sites
-from hooks.tl_adapter import ARCHITECTURE, LoopMDMArchitectureAdapter
+from hooks.bridges.interop import depth_site, entered_resid, to_sites
+from hooks.bridges.tl_adapter import ARCHITECTURE, LoopMDMArchitectureAdapter
 from tests.small import VARIANTS, small_model, small_tokens
 from tests.small_unrolled import BY_EXAMPLE, LOOPS, build, close, fresh, visible
 
@@ -196,7 +196,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("error")
     Factory.discover_entry_points()
 adapter = Factory._adapters[{ARCHITECTURE!r}]
-from hooks.tl_adapter import register
+from hooks.bridges.tl_adapter import register
 register()
 assert Factory._adapters[{ARCHITECTURE!r}] is adapter
 print(adapter.__module__, adapter.__name__)

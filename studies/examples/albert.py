@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 import torch
 from transformers import AlbertConfig, AlbertForMaskedLM
 
-from hooks.watch import watch
+from hooks.foreign.watching import watch
 
 if len(sys.argv) > 1:
     model = AlbertForMaskedLM.from_pretrained(sys.argv[1]).eval()

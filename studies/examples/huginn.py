@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 import torch
 
-from hooks.schedules import huginn
-from hooks.watch import watch
+from hooks.foreign.schedules import huginn
+from hooks.foreign.watching import watch
 
 N_STEPS = 16
 if len(sys.argv) > 1:

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hooks.loopify import loopify
-from hooks.watch import watch
+from hooks.foreign.loopify import loopify
+from hooks.foreign.watching import watch
 
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 import torch
 
-from hooks.watch import watch
+from hooks.foreign.watching import watch
 
 if len(sys.argv) > 1:
     from transformers import AutoModelForCausalLM

@@ -1,7 +1,7 @@
 """The hidden state inside what a module takes and returns: a tensor, or a tensor within a tuple, list or dict.
 
 Transformer layers return tuples and ``ModelOutput`` dicts, and take their hidden state by position or by
-name. `hooks.watch` records and replaces one tensor there, found by these rules and put back into a
+name. `hooks.foreign.watching` records and replaces one tensor there, found by these rules and put back into a
 container of the same kind; everything else passes untouched.
 
     find((hidden, None))                  # (0,): where the tensor is

@@ -1,7 +1,7 @@
 """How often each module of a model runs in one forward: counted in a dry run, printed as a table.
 
 `describe` is the first thing to ask of an unknown looped model; what it returns holds a schedule that
-`hooks.watch` accepts. A dry run leaves no trace: no gradients, random state and buffers as before.
+`hooks.foreign.watching` accepts. A dry run leaves no trace: no gradients, random state and buffers as before.
 
     found = describe(model, tokens)              # prints: module, calls per forward, shapes
     with watch(model, "core.*.hook_out@-1", schedule=found.schedule) as rec:
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from hooks import payload
-from hooks.schedules import Discovered
+from hooks.foreign import payload
+from hooks.foreign.schedules import Discovered
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def describe(module: nn.Module, *args: Any, **kwargs: Any) -> Description:
     return found
 
 
-def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Description:
-    """`describe` without the printing."""
+def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *,
+             run: Callable[[], Any] | None = None) -> Description:
+    """`describe` without the printing. ``run`` runs the module in another way than ``module(*args, **kwargs)``."""
     seen: dict[str, list[Any]] = {}
     removers: list[Any] = []
 
@@ -82,7 +83,10 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
             removers.append(part.register_forward_pre_hook(partial(took, path), with_kwargs=True))
             removers.append(part.register_forward_hook(partial(gave, path), prepend=True))
         with _leaving_no_trace(module):
-            module(*_copied(args), **_copied(dict(kwargs or {})))
+            if run is None:
+                module(*_copied(args), **_copied(dict(kwargs or {})))
+            else:
+                run()
     finally:
         for remover in removers:
             remover.remove()

@@ -3,7 +3,8 @@
     H(0) = head(tokens),  H(k) = mid(H(k−1)) for k = 1..S,  logits = tail(H(S))
 
 The mid layers share their weights over the S loops, so S is a compute knob at inference.
-Configuration and forward pass; `hooks.hooked` records and edits it, `hooks.diffusion` trains and samples it.
+Configuration and forward pass; `hooks.model.hooked` records and edits it, `hooks.model.diffusion` trains and
+samples it.
 
     model = LoopMDM(LoopMDMConfig(vocab_size=3, mask_token_id=2, max_seq_len=96))
     logits = model(tokens, n_loops=16)                        # [batch, pos, vocab]
@@ -24,16 +25,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.hook_points import HookPoint, LoopClock
-from hooks.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
+from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
-from hooks.sites import SiteSpace, Topology
+from hooks.sites import SiteSpace
+from hooks.topology import Topology
 
 MASK_LOGIT = -2.0 ** 15
 """Added to the mask token's logit: a denoiser never predicts the mask (2406.07524, with −10⁶ there). float16 and
 bfloat16 hold this number exactly, and its exponential is 0 in every precision."""
 
 FOR_TRANSFORMERS: dict[str, Any] = {"model_type": "loopmdm", "architectures": ["LoopMDMForMaskedLM"]}
-"""What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.hf`)."""
+"""What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.bridges.hf`)."""
 
 
 @dataclass(frozen=True)
@@ -286,17 +288,22 @@ class LoopMDM(nn.Module):
 
         ``step`` runs other layers, or the same as another loop, while sites say ``@k``.
         """
+        x = self.loop_input(x, k, embedded, index=k if step is None else step.index)
+        return self._layers(x, self._mid_layers() if step is None else step.layers, condition)
+
+    def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"], *,
+                   index: int) -> Float[Tensor, "batch pos d_model"]:
+        """What the first layer of loop ``k`` reads: the state, with injection and the embedding of loop ``index``."""
         config = self.config
         if self.clock.within is not None:
             self.clock.refuse_inside()
         self.clock.loop = k
-        index = k if step is None else step.index
         x = self.hook_loop_in(x)
         if config.input_injection == "add":
             x = x + self.hook_injection(embedded)
         if config.loop_embedding == "learned":
             x = x + self.hook_loop_embed(self.loop_embed.weight[min(index, config.max_loops - 1)].expand_as(x))
-        return self._layers(x, self._mid_layers() if step is None else step.layers, condition)
+        return x
 
     def tail(self, x: Float[Tensor, "batch pos d_model"],
              condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:

@@ -4,7 +4,7 @@ Importing this module registers both, so that those who work with transformers l
 they load anything else, and TransformerLens boots it. The wrapper adds nothing to the model: it holds
 a `HookedLoopMDM` as ``.model``, reads and writes the same folders, and only renames the arguments.
 
-    import hooks.hf
+    import hooks.bridges.hf
     from transformers import AutoModelForMaskedLM
 
     model = AutoModelForMaskedLM.from_pretrained("zoo/automaton-loop")
@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from hooks.hooked import HookedLoopMDM
-from hooks.loopmdm import FOR_TRANSFORMERS, LoopMDMConfig
+from hooks.model.hooked import HookedLoopMDM
+from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDMConfig
 
 
 class LoopMDMPretrainedConfig(PretrainedConfig):
@@ -80,7 +80,7 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         """Logits [batch, pos, vocab]; with ``labels`` (−100: not counted) also their mean cross-entropy.
 
         That loss is transformers' own for masked models; the objective a LoopMDM is trained on weights
-        it by 1/t: `hooks.diffusion`. ``attention_mask`` must be all ones. Once TransformerLens has
+        it by 1/t: `hooks.model.diffusion`. ``attention_mask`` must be all ones. Once TransformerLens has
         wrapped the model, it runs unrolled at the number of loops for which it was wrapped.
         """
         unrolled = getattr(self, "unrolled", None)

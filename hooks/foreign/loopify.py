@@ -2,7 +2,7 @@
 
 The layers, their weights, their names and the model's code stay as they are; the block is run again on its
 own output, each layer with the masks and positions that the model itself gave it. Undone by ``remove``, or at
-the end of a ``with`` block. `hooks.watch` knows a loopified model's loops by itself.
+the end of a ``with`` block. `hooks.foreign.watching` knows a loopified model's loops by itself.
 
     with loopify(model, layers=(10, 14), n_loops=3):            # layers 10 to 14, both included
         with watch(model, "model.layers.*.hook_out") as rec:
@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hooks import payload
-from hooks.schedules import LOOPIFIED, Schedule
+from hooks.foreign import payload
+from hooks.foreign.replay import with_state
+from hooks.foreign.schedules import LOOPIFIED, Schedule
 
 
 def loopify(model: nn.Module, layers: tuple[int, int], n_loops: int, *, stack: str | None = None) -> Loops:
@@ -55,7 +56,7 @@ class Loops:
         self._removers = [layer.register_forward_pre_hook(self._keeper(i), with_kwargs=True)
                           for i, layer in enumerate(block)]
         self._removers.append(block[-1].register_forward_hook(self._run_again))
-        LOOPIFIED[model] = self.schedule
+        LOOPIFIED[model] = self
 
     @property
     def n_loops(self) -> int:
@@ -63,7 +64,7 @@ class Loops:
 
     @property
     def schedule(self) -> Schedule:
-        """What `hooks.watch` needs to know: each layer of the block runs ``n_loops`` times."""
+        """What `hooks.foreign.watching` needs to know: each layer of the block runs ``n_loops`` times."""
         return Schedule({f"{self.path}.{self.first + i}": self._n_loops for i in range(len(self.block))})
 
     def remove(self) -> None:
@@ -99,7 +100,7 @@ class Loops:
                     if where is None:
                         raise TypeError(f"{type(inner).__name__} of {self.path} returned {type(output).__name__} "
                                         "without a tensor in it, so that it cannot be looped.")
-                    args, kwargs = _with_hidden(args, kwargs, payload.get(output, where), inner)
+                    args, kwargs = with_state(args, kwargs, payload.get(output, where), inner)
                     output = inner(*(self._slots(a, loop) for a in args),
                                    **{name: self._slots(value, loop) for name, value in kwargs.items()})
         finally:
@@ -140,16 +141,6 @@ class CacheOfLoop:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         slot = layer_idx + self._offset
         return self._cache.get_seq_length(slot) if slot < len(self._cache.layers) else 0
-
-
-def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor,
-                 layer: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The layer's own arguments with its hidden state replaced."""
-    if (where := payload.find(args)) is not None:
-        return payload.put(args, where, hidden), kwargs
-    if (where := payload.find(kwargs)) is not None:
-        return args, payload.put(kwargs, where, hidden)
-    raise TypeError(f"{type(layer).__name__} was called without a tensor, so that it cannot be looped.")
 
 
 def _stack_of(model: nn.Module, stack: str | None) -> tuple[str, nn.ModuleList]:

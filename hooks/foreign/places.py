@@ -1,7 +1,7 @@
 """The sites of any module: its places by name, the space that a schedule makes of them, and choices among them.
 
-Stands between `hooks.discovery` (which modules there are) and `hooks.watch` (which hooks them). Finding and
-globbing names is slow beside a small model's forward, so that it is done once per model layout and kept.
+Stands between `hooks.foreign.discovery` (which modules there are) and `hooks.foreign.watching` (which hooks them).
+Finding and globbing names is slow beside a small model's forward, so that it is done once per model layout and kept.
 
     places = places_of(model, Schedule({"core": 8}))
     places.choose("core.*.hook_out@-1").firings     # {'core.0.hook_out': (7,), …}
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hooks.discovery import is_bridge, modules_of
-from hooks.schedules import Scheduled
+from hooks.foreign.discovery import is_bridge, modules_of
+from hooks.foreign.schedules import Scheduled
 from hooks.sites import LoopAxes, Site, SiteError, SitePattern, SiteSpace, split
 
 

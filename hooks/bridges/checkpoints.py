@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hooks.hooked import HookedLoopMDM
-from hooks.loopmdm import LoopMDMConfig
-from hooks.sites import Topology
+from hooks.model.hooked import HookedLoopMDM
+from hooks.model.loopmdm import LoopMDMConfig
+from hooks.topology import Topology
 
 TimeConditioning = Literal["none", "t", "sigma", "constant"]
 

@@ -15,34 +15,50 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hooks.edits import Edit, PlanEdit, attachments
+from hooks.contract import HookList, Kind, Levels, LoopedModel
+from hooks.edits import PlanEdit, attachments
 from hooks.hook_points import Attached, HookFunction, HookPoint
-from hooks.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
+from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
+from hooks.topology import Topology
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-HookList = Sequence[tuple[SitePattern, HookFunction] | Edit]
-"""[(site or glob or predicate, function)], as TransformerLens' ``fwd_hooks``, and edits of `hooks.edits`."""
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the layers of one run need besides the state."""
+
+    topology: Topology
+    embedded: Float[Tensor, "batch pos d_model"]
+    condition: Float[Tensor, "batch d_cond"] | None
+
+    def rows(self, index: Int[Tensor, "row"]) -> RunContext:
+        index = index.to(self.embedded.device)
+        return RunContext(self.topology, self.embedded[index],
+                          None if self.condition is None else self.condition[index])
 
 
-class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
+class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="loopscope",
                     tags=["looped-transformer", "masked-diffusion"]):
     """A LoopMDM with TransformerLens' recording and editing, per loop."""
+
+    loaded_from = ""  # the folder's name or the hub id
 
     def run_with_hooks(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
                        fwd_hooks: HookList = (), bwd_hooks: HookList = (),
@@ -164,9 +180,73 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
                                f"for {n_loops} loops and the last forward ran {self.clock.ran}. Give hooks() and "
                                "the forward the same n_loops.")
 
+    # ------------------------------------------------- the contract of `hooks.contract`
+
+    @property
+    def name(self) -> str:
+        """The folder or hub id it was loaded from, or its shape."""
+        c = self.config
+        return self.loaded_from or (f"LoopMDM {c.n_head_layers} + {c.n_loop_layers}·S + {c.n_tail_layers}, "
+                                    f"width {c.d_model}")
+
+    @property
+    def max_loops(self) -> int:
+        return self.config.max_loops
+
+    def topology(self, n_loops: int | None = None) -> Topology:
+        return self.config.topology(self._checked_loops(n_loops))
+
+    def site(self, depth: int, kind: Kind = "resid_post", *, n_loops: int | None = None) -> str:
+        return self.topology(n_loops).site_at(depth, f"hook_{kind}")
+
+    def attention(self, depth: int, *, n_loops: int | None = None) -> str:
+        return self.topology(n_loops).site_at(depth, "attn.hook_pattern")
+
+    def enter(self, inputs: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
+              t: Levels = None) -> tuple[Float[Tensor, "batch pos d_model"], RunContext]:
+        """The embedded tokens, and the context of a run of ``n_loops`` loops.
+
+        Raises ValueError under an edit of the plan (skip, repeat, swap): `apply` runs layers in their own order.
+        """
+        with self.exclusive():
+            if self.replans:
+                raise ValueError("loops are skipped, repeated or swapped by an edit, and enter() begins a run of the "
+                                 "layers in their own order: leave the edit's block first.")
+            tokens, n_loops = self._checked(inputs, n_loops)
+            embedded = self.embed_tokens(tokens)
+            return embedded, RunContext(self.config.topology(n_loops), embedded, self.condition(tokens, t))
+
+    def apply(self, depth: Any, state: Any = None, context: Any = None) -> Any:
+        """The layer at ``depth`` on ``state`` [batch, pos, d_model]; ``apply(fn)`` is still that of ``nn.Module``."""
+        if callable(depth):
+            return super().apply(depth)
+        topology = context.topology
+        if not 0 <= depth < topology.depth:
+            raise IndexError(f"depth {depth} is not a layer of this run: they are 0..{topology.depth - 1}.")
+        layer, loop = topology.unrolled()[depth]
+        with self.exclusive():
+            if loop is not None:
+                self.clock.loop = loop
+                if (depth - topology.n_head) % topology.n_mid == 0:
+                    state = self.loop_input(state, loop, context.embedded, index=loop)
+            return self._layers(state, (layer,), context.condition)
+
+    def read(self, state: Float[Tensor, "batch pos d_model"],
+             context: RunContext) -> Float[Tensor, "batch pos vocab"]:
+        with self.exclusive():
+            return self.unembed(state, context.condition)
+
+    def scored(self, inputs: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        return inputs == self.config.mask_token_id
+
+    def targets(self, inputs: Int[Tensor, "batch pos"]) -> None:
+        return None
+
+    # --------------------------------------------------------------- other libraries
+
     def unroll(self, n_loops: int | None = None, *, t: float | None = None) -> TransformerBridge:
-        """The model as a TransformerLens bridge of ``n_loops`` loops that shares its parameters: `hooks.tl_adapter`."""
-        from hooks.tl_adapter import unroll
+        """The model as a TransformerLens bridge of ``n_loops`` loops that shares its parameters (`hooks.bridges`)."""
+        from hooks.bridges.tl_adapter import unroll
 
         return unroll(self, n_loops, t=t)
 
@@ -226,6 +306,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, library_name="loopscope",
             raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from error
         _check_state(model, state, path)
         model.load_state_dict(state)
+        model.loaded_from = Path(model_id).name if Path(model_id).is_dir() else model_id
         return model.to(map_location).eval()
 
 

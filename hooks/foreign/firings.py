@@ -1,4 +1,4 @@
-"""Counting firings from the start of each forward: the state of one `hooks.watch`.
+"""Counting firings from the start of each forward: the state of one `hooks.foreign.watching`.
 
 A `Run` resolves sites, hangs one torch hook on each name's module, and at each firing knows by counting which
 loop it is. It compares the counts with the schedule when the forward ends, and then fills the recording.
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from hooks import payload
-from hooks.discovery import discover, is_dry, random_state, random_state_kept, set_random_state
 from hooks.edits import Edit, attachments
+from hooks.foreign import payload
+from hooks.foreign.discovery import discover, is_dry, random_state, random_state_kept, set_random_state
+from hooks.foreign.places import Firing, Places, places_of
 from hooks.hook_points import HookFunction
-from hooks.places import Firing, Places, places_of
 from hooks.recording import Recorder, Recording
 from hooks.sites import SiteError, SitePattern
 

@@ -1,7 +1,7 @@
 """The parts of a denoiser: norm, rotary positions, attention, MLP, block, timestep conditioning.
 
 Plain bidirectional transformer parts with `HookPoint`s under TransformerLens' names.
-`hooks.loopmdm` assembles them into head → mid^S → tail. Attention runs the fused
+`hooks.model.loopmdm` assembles them into head → mid^S → tail. Attention runs the fused
 kernel, and materialises scores and patterns only in the loops for which they were asked.
 
     block = Block(config, layer=1, points=lambda name: HookPoint(name, clock, looped=True))
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from hooks.hook_points import HookPoint
 
 if TYPE_CHECKING:
-    from hooks.loopmdm import LoopMDMConfig
+    from hooks.model.loopmdm import LoopMDMConfig
 
 Points = Callable[[str], HookPoint]
 Rotary = tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]

@@ -1,6 +1,6 @@
 """Which modules loop, and how often: declared for a module of one's own, known for Ouro, Huginn, HRM-Text, ALBERT.
 
-`hooks.watch` turns a schedule into sites. A module that no entry covers runs once per forward;
+`hooks.foreign.watching` turns a schedule into sites. A module that no entry covers runs once per forward;
 an entry with one number is a loop (``@3``), one with letters is nested cycles (``@h1.l0``).
 
     Schedule({"core_block": 8})                          # core_block and everything below it, wherever it stands
@@ -13,19 +13,22 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from hooks.sites import LoopAxes
 
+if TYPE_CHECKING:
+    from hooks.foreign.loopify import Loops
+
 Cycles = int | Mapping[str, int]
 """A number of loops, or {letter: number} for nested cycles, outermost first."""
 
 
 class Scheduled(Protocol):
-    """What `hooks.watch` asks of a schedule."""
+    """What `hooks.foreign.watching` asks of a schedule."""
 
     def axes(self, path: str) -> LoopAxes | None:
         """How the module at ``path`` is looped: () if it runs once, None if it never runs."""
@@ -72,6 +75,17 @@ class Discovered:
         return None if calls == 0 else () if calls == 1 else (("", calls),)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Declared loops, and for modules that no entry covers what a dry run counted, where there was one."""
+
+    declared: Schedule
+    counted: Discovered | None = None
+
+    def axes(self, path: str) -> LoopAxes | None:
+        return self.declared.axes(path) or (() if self.counted is None else self.counted.axes(path))
+
+
 # ----------------------------------------------------------------- architectures
 
 
@@ -84,7 +98,7 @@ def huginn(num_steps: int) -> Schedule:
     """Huginn / Raven (2502.05171): prelude once, adapter and core ``num_steps`` times, coda once.
 
     The final norm runs after the recurrence and again after the coda: ``@0`` and ``@1``. The recurrence starts
-    from a random state: give ``seed=`` to `hooks.watch.watch`, so that it is the same one each time.
+    from a random state: give ``seed=`` to `hooks.watch`, so that it is the same one each time.
     """
     return Schedule({"adapter": num_steps, "core_block": num_steps, "ln_f": 2, "ln_final": 2})
 
@@ -103,7 +117,7 @@ def albert(num_hidden_layers: int, num_hidden_groups: int = 1) -> Schedule:
 
 
 def schedule_of(module: nn.Module) -> Scheduled | None:
-    """The schedule of a model that `hooks.loopify` loops, or of a known architecture (also under a bridge).
+    """The schedule of a model that `hooks.foreign.loopify` loops, or of a known architecture (also under a bridge).
 
     Read from its config, so for Huginn it holds ``mean_recurrence`` steps: pass ``huginn(num_steps)`` for others.
     """
@@ -114,8 +128,8 @@ def schedule_of(module: nn.Module) -> Scheduled | None:
     return known(config) if known else None
 
 
-LOOPIFIED: WeakKeyDictionary[nn.Module, Scheduled] = WeakKeyDictionary()
-"""Models that `hooks.loopify` loops at the moment."""
+LOOPIFIED: WeakKeyDictionary[nn.Module, Loops] = WeakKeyDictionary()
+"""Models that `hooks.foreign.loopify` loops at the moment."""
 
 _KNOWN = {
     "ouro": lambda c: ouro(getattr(c, "total_ut_steps", 4)),

@@ -2,7 +2,7 @@
 
 None of these layers owns a weight. `LinearRows` is a part of a fused layer, `GatedLinear` a layer
 with its output gate multiplied in, `Positions` the sum of position tables, `Readout` the unembedding
-with the final norm's scale in it. `hooks.unroll` builds the unrolled network from them.
+with the final norm's scale in it. `hooks.bridges.unroll` builds the unrolled network from them.
 
     LinearRows(block.attn.qkv, 0, 64).weight        # a view: editing qkv.weight edits it
 """
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.loopmdm import LoopMDM
+from hooks.model.loopmdm import LoopMDM
 
 Condition = Float[Tensor, "batch d_cond"]
 Gate = Callable[[], Float[Tensor, "d_model"]] | None

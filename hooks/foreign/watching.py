@@ -2,8 +2,8 @@
 
 The names of places are ``{module.path}.hook_in`` and ``.hook_out`` (a bridge's own hook names), with
 ``@loop`` where a module runs more than once per forward: ``@3``, or ``@h1.l0`` in nested cycles. Which loop
-a firing is follows from counting, from the start of each forward, against a schedule (`hooks.schedules`);
-without one, a dry run of the first forward discovers the counts (`hooks.discovery`).
+a firing is follows from counting, from the start of each forward, against a schedule (`hooks.foreign.schedules`);
+without one, a dry run of the first forward discovers the counts (`hooks.foreign.discovery`).
 
     with watch(model, "core_block.*.hook_out", schedule={"core_block": 8}) as rec:
         model(tokens)
@@ -12,7 +12,7 @@ without one, a dry run of the first forward discovers the counts (`hooks.discove
     with watch(model, "coda.0.hook_in", fwd_hooks=[("core_block.1.hook_out@3", fn)], gradients=True) as rec:
         model(tokens).logits.sum().backward()                 # rec.gradients["coda.0.hook_in"]
 
-Where a module takes or returns a tuple or a dict, the site is the hidden state in it (`hooks.payload`). Calls
+Where a module takes or returns a tuple or a dict, the site is the hidden state in it (`hooks.foreign.payload`). Calls
 outside a forward of the watched module do not count. Of nested watches, the inner one acts first.
 """
 
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hooks.discovery import walk
 from hooks.edits import PlanEdit
-from hooks.firings import COMPILED, Hooks, Run, Watched
-from hooks.places import places_of
+from hooks.foreign.discovery import walk
+from hooks.foreign.firings import COMPILED, Hooks, Run, Watched
+from hooks.foreign.places import places_of
+from hooks.foreign.schedules import Cycles, Schedule, Scheduled, schedule_of
 from hooks.recording import Cut, Recorder, Recording, Reducer
-from hooks.schedules import Cycles, Schedule, Scheduled, schedule_of
 from hooks.sites import SitePattern
 
 

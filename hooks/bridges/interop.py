@@ -1,6 +1,6 @@
 """Between TransformerLens' caches and recordings by site: depth there, (layer, loop) here.
 
-A cache of the unrolled bridge (`hooks.tl_adapter.unroll`) names an activation by its depth,
+A cache of the unrolled bridge (`hooks.bridges.tl_adapter.unroll`) names an activation by its depth,
 ``blocks.5.hook_resid_post``; a `Recording` names it by layer and loop,
 ``blocks.1.hook_resid_post@2``. `to_sites` and `to_depth` translate, without copying tensors, so that
 probes read what TransformerLens cached and TransformerLens' tools read what a looped run recorded.
@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.recording import Recording
-from hooks.sites import LoopAxes, SiteError, Topology
+from hooks.sites import LoopAxes, SiteError
+from hooks.topology import Topology
 
 if TYPE_CHECKING:
     from transformer_lens.ActivationCache import ActivationCache

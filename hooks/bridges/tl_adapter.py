@@ -41,10 +41,10 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from hooks.layers import Rotary
-from hooks.loopmdm import LoopMDM, LoopMDMConfig
-from hooks.unroll import LoopEntry, UnrolledAttention, UnrolledLoopMDM
-from hooks.weight_views import Readout
+from hooks.bridges.unroll import LoopEntry, UnrolledAttention, UnrolledLoopMDM
+from hooks.bridges.weight_views import Readout
+from hooks.model.layers import Rotary
+from hooks.model.loopmdm import LoopMDM, LoopMDMConfig
 
 ARCHITECTURE = "LoopMDMForMaskedLM"
 
@@ -93,7 +93,7 @@ def bridge_config(config: LoopMDMConfig, n_loops: int) -> TransformerBridgeConfi
 class LoopMDMArchitectureAdapter(ArchitectureAdapter):
     """Maps an `UnrolledLoopMDM`, or a transformers model that holds one, to TransformerLens components."""
 
-    supports_generation = False          # sampling is denoising, hooks.diffusion, not left to right
+    supports_generation = False          # sampling is denoising, hooks.model.diffusion, not left to right
     supports_causal_loss = False
     supports_kv_cache = False
     supports_hf_output_attentions = False

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooks.loopmdm import LoopMDM
+from hooks.model.loopmdm import LoopMDM
 
 T_MIN = 1e-3
 """Smallest noise level drawn in training; it bounds the weight 1/t."""

@@ -1,6 +1,6 @@
 """Recordings along the denoising steps: (step, loop, layer), streamed so that memory does not grow.
 
-The sampler of `hooks.diffusion` runs the model once per denoising step; `record_sampling` hands the
+The sampler of `hooks.model.diffusion` runs the model once per denoising step; `record_sampling` hands the
 recording of each step to a callback, and forgets it before the next. Reduce it there, keep
 it, or append it to a file (`hooks.store`).
 
@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooks.diffusion import DenoisingStep, SamplerConfig, sample
-from hooks.hooked import HookedLoopMDM
+from hooks.model.diffusion import DenoisingStep, SamplerConfig, sample
+from hooks.model.hooked import HookedLoopMDM
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import SitePattern
 
@@ -31,7 +31,7 @@ def record_sampling(model: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], conf
                     pos_slice: Cut | None = None, batch_slice: Cut | None = None,
                     only: Literal["masked", "visible"] | None = None, dtype: torch.dtype | None = None,
                     device: torch.device | str | None = None) -> list[DenoisingStep]:
-    """`hooks.diffusion.sample`, with ``on_step(step, recording)`` after each denoising step; returns the trace.
+    """`hooks.model.diffusion.sample`, with ``on_step(step, recording)`` after each denoising step; returns the trace.
 
     The options are those of ``run_with_cache``; ``only`` follows the masks as they are at the beginning of each
     step. With adaptive looping a recording has the loops that the slowest example of its step ran. Hooks and

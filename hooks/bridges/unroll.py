@@ -1,7 +1,7 @@
 """The unrolled network: a LoopMDM laid out depth by depth, over the very same parameters.
 
 Every pass of a looped layer becomes a layer of its own, in a module tree whose parts have the
-names and shapes that `hooks.tl_adapter` maps to TransformerLens components: queries, keys and
+names and shapes that `hooks.bridges.tl_adapter` maps to TransformerLens components: queries, keys and
 values apart, one entry module per loop, the final norm's scale read as part of the unembedding.
 Nothing is copied. A weight that TransformerLens wants in another shape is computed from the
 looped model's parameter when it is read, so that editing one edits the other, and gradients
@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.layers import MLP, Attention, Block, Norm, Rotary, rotate
-from hooks.loopmdm import LoopMDM
-from hooks.weight_views import Condition, Gate, GatedLinear, LinearRows, Positions, Readout
+from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, Positions, Readout
+from hooks.model.layers import MLP, Attention, Block, Norm, Rotary, rotate
+from hooks.model.loopmdm import LoopMDM
 
 
 class UnrolledLoopMDM(nn.Module):
