@@ -24,9 +24,10 @@ from typing import Any
 import torch
 import xarray as xr
 
+from studies.folders import folder
 from studies.zoo import Entry
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = folder("results")
 
 
 @dataclass(frozen=True)

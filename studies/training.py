@@ -25,8 +25,9 @@ from tqdm import tqdm
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import antithetic_t, corrupt, nelbo
 from studies.flops import mean_loops, training_flops
+from studies.machine import Precision
 from studies.tasks import Automaton, Task
-from studies.training_step import LossOn, Precision, Share, TrainingStep, join
+from studies.training_step import LossOn, Share, TrainingStep, join
 
 Kind = Literal["loop", "twin", "deep"]
 

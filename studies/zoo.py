@@ -23,10 +23,11 @@ import torch
 
 from hooks import HookedLoopMDM
 from studies.flops import forward_flops
+from studies.folders import folder
 from studies.tasks import Task, load_task
 from studies.training import TrainConfig, TrainResult
 
-ZOO = Path(__file__).resolve().parent.parent / "zoo"
+ZOO = folder("zoo")
 KINDS = {"loop": "LoopMDM", "twin": "unlooped twin (equal parameters)",
          "deep": "unlooped deep twin (equal per-step compute)"}
 

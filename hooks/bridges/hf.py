@@ -111,7 +111,7 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         """
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
                if key in kwargs}
-        loaded = HookedLoopMDM.from_pretrained(str(pretrained_model_name_or_path), **hub)
+        loaded = HookedLoopMDM.from_pretrained(pretrained_model_name_or_path, **hub)
         wrapped = cls(config or LoopMDMPretrainedConfig(**loaded.config.to_dict()))
         wrapped.model = loaded
         wanted = dtype if dtype is not None else torch_dtype

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ from torch import Tensor
 from hooks.contract import HookList, Kind, Levels, LoopedModel
 from hooks.edits import PlanEdit, attachments
 from hooks.hook_points import Attached, HookFunction, HookPoint
+from hooks.location import located
 from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
@@ -226,6 +228,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
         layer, loop = topology.unrolled()[depth]
         with self.exclusive():
             if loop is not None:
+                self.clock.refuse_inside()
                 self.clock.loop = loop
                 if (depth - topology.n_head) % topology.n_mid == 0:
                     state = self.loop_input(state, loop, context.embedded, index=loop)
@@ -263,12 +266,15 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> HookedLoopMDM:
         """Load config.json and model.safetensors from a folder or a hub id, in eval mode.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or does not fit.
+        Raises FileNotFoundError (or NotADirectoryError) for a folder that is not there, before the hub is asked
+        (`hooks.location`), and these or ValueError naming the file that is missing, damaged or does not fit.
         ``options`` are those of huggingface_hub's mixin (revision, cache_dir, token, map_location …).
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the mixin reads config.json itself
+            return super().from_pretrained(located(pretrained_model_name_or_path), **options)
+        except LocalEntryNotFoundError as error:  # the mixin fetches config.json itself, and reads it
+            raise _not_fetched(pretrained_model_name_or_path, error) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{pretrained_model_name_or_path}/config.json is not JSON ({error}): "
                              "copy or download it again.") from error
 
@@ -288,8 +294,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                 return Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token,
                                             force_download=force_download, local_files_only=local_files_only))
             except Exception as error:
-                raise FileNotFoundError(f"{model_id!r} is neither a folder here nor a model that could be fetched "
-                                        f"from the hub ({type(error).__name__}: {error})") from error
+                raise _not_fetched(model_id, error) from error
 
         config = model_kwargs.get("config")
         if not isinstance(config, LoopMDMConfig):
@@ -325,6 +330,11 @@ def _on_backward(fn: HookFunction) -> HookFunction:
 
         activation.register_hook(on_gradient)
     return call
+
+
+def _not_fetched(model_id: str | Path, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(f"'{model_id}' is neither a folder here nor a model that could be fetched from the hub "
+                             f"({type(error).__name__}: {error})")
 
 
 def _replace(path: Path, write: Callable[[str], Any]) -> None:
