@@ -37,4 +37,4 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $(STAMP)
 
 clean:  ## remove what was set up
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) *.egg-info build dist

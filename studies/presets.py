@@ -5,8 +5,8 @@ length of the LoopMDM's run in steps; the FLOPs that follow are the budget of al
 
     config = PRESETS["automaton"].train_config(kind="twin", seed=1)
 
-All of them multiply matrices in bfloat16 and compile their blocks, which about halves the time on a CPU that has the
-instructions; ``--precision fp32 --compile False`` does without.
+All of them multiply matrices in bfloat16 and compile their blocks where the machine can (`studies.machine`), which
+about halves the time on a CPU that has the instructions; ``--precision`` and ``--compile`` choose otherwise.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from studies.flops import mean_loops, training_flops
+from studies.machine import fastest
 from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
 from studies.training import Kind, TrainConfig
 
-FAST: dict[str, Any] = {"precision": "bf16", "compile": True}
 GROWN: dict[str, Any] = {"loops_drawn": "growth", "masks": "exact"}
 """The recipe under which loops are used (results/recipe.md). Presets without it made checkpoints before it was known,
 and keep making the same ones."""
@@ -46,8 +46,13 @@ class Preset:
         return "-".join(filter(None, (self.variant, f"s{seed}" if seed else "")))
 
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
-        """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count."""
-        recipe = {**FAST, **self.train, **overrides}
+        """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count.
+
+        ``precision`` and ``compile`` are what the machine is fastest with, unless given (`studies.machine.fastest`).
+        """
+        recipe = {**self.train, **overrides}
+        fast = fastest(recipe.get("device", "cpu"), precision=recipe.get("precision"), compile=recipe.get("compile"))
+        recipe |= {"precision": fast.precision, "compile": fast.compile}
         steps = recipe.pop("steps", None) or self.steps
         base = TrainConfig(task=self.task, model=self.model, **recipe)
         model = base.model_config()

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import xarray as xr
 
+from studies.folders import folder
 from studies.zoo import Entry, Problem, read_json
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = folder("results")
 FILES = ("verdict.json", "measurements.nc")
 """What a results folder must hold."""
 

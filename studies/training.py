@@ -24,10 +24,11 @@ from tqdm import tqdm
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import NoiseLevels
 from studies.flops import mean_loops, training_flops
+from studies.machine import Precision
 from studies.tasks import Automaton, Task
 from studies.training_draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_masks, loop_weights, rate
 from studies.training_eval import held_out, idle_loops
-from studies.training_step import LossOn, Precision, Share, TrainingStep, join
+from studies.training_step import LossOn, Share, TrainingStep, join
 
 Kind = Literal["loop", "twin", "deep"]
 

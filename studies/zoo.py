@@ -29,13 +29,14 @@ import torch
 
 from hooks import HookedLoopMDM
 from studies.flops import forward_flops
+from studies.folders import folder
 from studies.tasks import Task, load_task
 from studies.training import TrainConfig, TrainResult
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ZOO = Path(__file__).resolve().parent.parent / "zoo"
+ZOO = folder("zoo")
 KINDS = {"loop": "LoopMDM", "twin": "unlooped twin (equal parameters)",
          "deep": "unlooped deep twin (equal per-step compute)"}
 

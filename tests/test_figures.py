@@ -141,7 +141,7 @@ def test_a_task_of_one_region_shows_its_tokens_in_every_row(lens: xr.Dataset, cl
 
 def test_region_curves_average_masked_positions(lens: xr.Dataset) -> None:
     figure = region_curves(lens, "nll", REGIONS, "row")
-    masked = lens.masked.values
+    masked = lens.scored.values
     shown = {trace.name: trace.y for trace in figure.data}
     assert set(shown) == {f"row {r}" for r in np.unique(REGIONS[masked])}
     for r in np.unique(REGIONS[masked]):

@@ -2,7 +2,8 @@
 
 Signatures, names and defaults follow TransformerLens' HookedTransformer. Sites that
 cannot fire are refused before the run; hooks that should have fired and did not are an
-error after it; hooks are always removed. A model is held by one thread at a time.
+error after it; hooks are always removed. A model is held by one thread at a time, and a
+forward of it inside another one (in a hook, for example) is refused.
 
     model = HookedLoopMDM.from_pretrained("zoo/automaton-loop")
     logits, rec = model.run_with_cache(tokens, n_loops=8, names_filter="blocks.*.hook_resid_post")
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,7 @@ from torch import Tensor
 from hooks.contract import HookList, Kind, Levels, LoopedModel
 from hooks.edits import PlanEdit, attachments
 from hooks.hook_points import Attached, HookFunction, HookPoint
+from hooks.location import located
 from hooks.model.config import FOR_TRANSFORMERS, LoopMDMConfig
 from hooks.model.loopmdm import LoopMDM
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
@@ -111,7 +114,8 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
             logits = self(tokens, n_loops, t=t)
             topology = self.config.topology(self.clock.ran)
             if loss_fn is not None:
-                loss_fn(logits).backward()
+                with self.clock.calling("run_with_cache's loss_fn, or the backward pass after it"):
+                    loss_fn(logits).backward()
         names = {site.name: space.names[site.name] for site in sites}
         return logits, recorder.recording(names, topology)
 
@@ -229,6 +233,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
         layer, loop = topology.unrolled()[depth]
         with self.exclusive():
             if loop is not None:
+                self.clock.refuse_inside()
                 self.clock.loop = loop
                 if (depth - topology.n_head) % topology.n_mid == 0:
                     state = self.loop_input(state, loop, context.injected, index=loop)
@@ -276,12 +281,15 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> HookedLoopMDM:
         """Load config.json and model.safetensors from a folder or a hub id, in eval mode.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or does not fit.
+        Raises FileNotFoundError (or NotADirectoryError) for a folder that is not there, before the hub is asked
+        (`hooks.location`), and these or ValueError naming the file that is missing, damaged or does not fit.
         ``options`` are those of huggingface_hub's mixin (revision, cache_dir, token, map_location …).
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the mixin reads config.json itself
+            return super().from_pretrained(located(pretrained_model_name_or_path), **options)
+        except LocalEntryNotFoundError as error:  # the mixin fetches config.json itself, and reads it
+            raise _not_fetched(pretrained_model_name_or_path, error) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{pretrained_model_name_or_path}/config.json is not JSON ({error}): "
                              "copy or download it again.") from error
 
@@ -301,8 +309,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                 return Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token,
                                             force_download=force_download, local_files_only=local_files_only))
             except Exception as error:
-                raise FileNotFoundError(f"{model_id!r} is neither a folder here nor a model that could be fetched "
-                                        f"from the hub ({type(error).__name__}: {error})") from error
+                raise _not_fetched(model_id, error) from error
 
         config = model_kwargs.get("config")
         if not isinstance(config, LoopMDMConfig):
@@ -330,9 +337,19 @@ def _on_backward(fn: HookFunction) -> HookFunction:
             raise RuntimeError(f"no gradient reaches {hook.site}: run the forward with gradients enabled, "
                                "outside torch.no_grad() and with parameters that require them.")
         frozen = HookPoint(hook.name, type(hook.clock)(), hook.looped)
-        frozen.clock.loop = hook.clock.loop
-        activation.register_hook(lambda gradient: fn(gradient, hook=frozen))
+        clock, frozen.clock.loop = hook.clock, hook.clock.loop
+
+        def on_gradient(gradient: Tensor) -> Tensor | None:
+            with clock.calling(f"the backward hook at {frozen.site}"):
+                return fn(gradient, hook=frozen)
+
+        activation.register_hook(on_gradient)
     return call
+
+
+def _not_fetched(model_id: str | Path, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(f"'{model_id}' is neither a folder here nor a model that could be fetched from the hub "
+                             f"({type(error).__name__}: {error})")
 
 
 def _replace(path: Path, write: Callable[[str], Any]) -> None:
