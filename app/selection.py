@@ -20,7 +20,7 @@ from torch import Tensor
 
 from app import data, show
 from app.data import Checkpoint
-from hooks.diffusion import T_MIN, corrupt
+from hooks.model.diffusion import T_MIN, corrupt
 from studies.tasks import Batch, Task
 from studies.zoo import Entry
 

@@ -83,7 +83,7 @@ def contenders(size: Size) -> tuple[dict[str, Callable[[], Any]], dict[str, Call
     """Everything to be timed, and of those that record, what they kept in order of depth."""
     from nnsight import NNsight
 
-    from hooks.tl_adapter import unroll
+    from hooks.bridges.tl_adapter import unroll
 
     model, tokens = build(size)
     plain, hookable, bridge = PlainLoopMDM(model).eval(), PlainLoopMDM(model).eval(), unroll(model, size.n_loops)

@@ -7,15 +7,20 @@
     rec["blocks.2.hook_resid_post@3"]
 """
 
-from hooks.discovery import describe
+from hooks.contract import LoopedModel, Unavailable
+from hooks.foreign.adopt import adopt
+from hooks.foreign.discovery import describe
+from hooks.foreign.loopify import loopify
+from hooks.foreign.schedules import Schedule
+from hooks.foreign.watching import watch
 from hooks.hook_points import HookPoint
-from hooks.hooked import HookedLoopMDM
-from hooks.loopify import loopify
-from hooks.loopmdm import AdaptiveOutput, LoopMDM, LoopMDMConfig
+from hooks.model.config import LoopMDMConfig
+from hooks.model.hooked import HookedLoopMDM
+from hooks.model.loopmdm import AdaptiveOutput, LoopMDM
 from hooks.recording import Recording
-from hooks.schedules import Schedule
-from hooks.sites import Site, SiteError, SiteSpace, Topology
-from hooks.watch import watch  # (at once, not lazily: the submodules watch and loopify bear their functions' names)
+from hooks.sites import Site, SiteError, SiteSpace
+from hooks.topology import Topology
 
-__all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "Recording",
-           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "describe", "loopify", "watch"]
+__all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "LoopedModel", "Recording",
+           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "Unavailable", "adopt", "describe", "loopify",
+           "watch"]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hooks.sites import LoopAxes, Site, SiteError, SiteSpace, Topology
+from hooks.sites import LoopAxes, Site, SiteError, SiteSpace
+from hooks.topology import Topology
 
 if TYPE_CHECKING:
     import xarray

@@ -188,36 +188,3 @@ def _indices(text: str, count: int, pattern: str, name: str) -> list[int]:
                         f"numbered 0..{count - 1}. Nearest: '{name}@{count - 1}'. "
                         f"Pass a larger n_loops to run more.")
     return picked
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Which layers of a head → mid^S → tail model are looped, and how often in this run."""
-
-    n_head: int
-    n_mid: int
-    n_tail: int
-    n_loops: int
-
-    @property
-    def n_layers(self) -> int:
-        return self.n_head + self.n_mid + self.n_tail
-
-    @property
-    def depth(self) -> int:
-        """Number of layers of the unrolled network, n_head + n_loops · n_mid + n_tail."""
-        return self.n_head + self.n_loops * self.n_mid + self.n_tail
-
-    def is_looped(self, layer: int) -> bool:
-        return self.n_head <= layer < self.n_head + self.n_mid
-
-    def unrolled(self) -> list[tuple[int, int | None]]:
-        """(layer, loop) at each depth; loop is None in head and tail."""
-        once: list[tuple[int, int | None]] = [(layer, None) for layer in range(self.n_layers)]
-        mid = [(self.n_head + i, k) for k in range(self.n_loops) for i in range(self.n_mid)]
-        return [*once[: self.n_head], *mid, *once[self.n_head + self.n_mid:]]
-
-    def site_at(self, depth: int, hook: str = "hook_resid_post") -> str:
-        """The site of ``hook`` at an unrolled depth: ``site_at(3) == "blocks.1.hook_resid_post@1"``."""
-        layer, loop = self.unrolled()[depth]
-        return f"blocks.{layer}.{hook}" + ("" if loop is None else f"@{loop}")

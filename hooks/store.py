@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from hooks.recording import Recording, _numpy
-from hooks.sites import LoopAxes, SiteSpace, Topology
+from hooks.sites import LoopAxes, SiteSpace
+from hooks.topology import Topology
 
 if TYPE_CHECKING:
     import xarray

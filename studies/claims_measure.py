@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooks import HookedLoopMDM
-from hooks.diffusion import SamplerConfig, antithetic_t, corrupt, sample
+from hooks.model.diffusion import SamplerConfig, antithetic_t, corrupt, sample
 from probes.attention import attention_summary
 from probes.measurement import measurement
 from studies.tasks import Batch, Task
@@ -298,10 +298,10 @@ def _sampled(model: HookedLoopMDM, task: Task, batch: Batch, *, n_loops: int, n_
 def looped(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], t: Float[Tensor, "batch"], loops: Sequence[int],
            ) -> Iterator[tuple[int, Float[Tensor, "batch pos vocab"], Float[Tensor, "batch"]]]:
     """(S, logits after S loops, relative change of the state by loop S) for each S in ``loops``, in one run."""
-    condition, embedded = model.condition(noised, t), model.embed_tokens(noised)
-    x = model.head(embedded, condition)
+    condition = model.condition(noised, t)
+    x, injected = model.begin(noised, condition)
     for k in range(max(loops)):
-        new = model.loop(x, k, embedded, condition)
+        new = model.loop(x, k, injected, condition)
         if k + 1 in loops:
             change = (new - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-12)
             yield k + 1, model.tail(new, condition), change

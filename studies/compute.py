@@ -28,6 +28,7 @@ import tyro
 import xarray as xr
 from tqdm import tqdm
 
+from studies.checks import at_least
 from studies.claims_judge import Judgement, judge
 from studies.claims_measure import Setting, measure
 from studies.claims_report import TITLES, Group, claim_figures, claims_page, group_page
@@ -55,6 +56,9 @@ class Compute:
     """Where the models are."""
     results: Path = RESULTS
     """Where the results go."""
+
+    def __post_init__(self) -> None:
+        at_least(1, examples=self.examples, few=self.few)
 
 
 def find_groups(zoo: Path, *, check: Callable[[Path], Any] | None = None) -> dict[str, dict[int, dict[str, Entry]]]:

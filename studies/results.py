@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 import xarray as xr
 
+from studies.folders import folder
 from studies.zoo import Entry, Problem, read_json
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = folder("results")
 FILES = ("verdict.json", "measurements.nc")
 """What a results folder must hold."""
 
@@ -42,12 +44,20 @@ class Results:
 
 def write_results(folder: str | Path, *, verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset],
                   html: str) -> Path:
-    """Write a results folder through a temporary one."""
+    """Write a results folder through a temporary one.
+
+    Raises ValueError, before anything is written, if the verdict holds NaN or an infinity: JSON has neither, and a
+    number that is not defined is stored as the reason why.
+    """
     final = Path(folder)
+    if found := _not_finite(verdict):
+        raise ValueError(f"the verdict of {final.name} holds no finite number at {', '.join(found)}: store None, or "
+                         "the reason why it is not defined.")
     temporary = final.parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / "verdict.json").write_text(json.dumps(verdict, indent=1, ensure_ascii=False) + "\n")
+    (temporary / "verdict.json").write_text(json.dumps(verdict, indent=1, ensure_ascii=False,
+                                                           allow_nan=False) + "\n")
     (temporary / "report.html").write_text(html)
     for name, dataset in datasets.items():
         file = temporary / "measurements.nc"
@@ -56,6 +66,15 @@ def write_results(folder: str | Path, *, verdict: Mapping[str, Any], datasets: M
         shutil.rmtree(final)
     os.replace(temporary, final)
     return final
+
+
+def _not_finite(value: Any, where: str = "") -> list[str]:
+    """Where NaN and infinities stand, as table[0].loop.value."""
+    if isinstance(value, Mapping):
+        return [at for key, v in value.items() for at in _not_finite(v, f"{where}.{key}".lstrip("."))]
+    if isinstance(value, (list, tuple)):
+        return [at for i, v in enumerate(value) for at in _not_finite(v, f"{where}[{i}]")]
+    return [where] if isinstance(value, float) and not math.isfinite(value) else []
 
 
 SCRIPTS = {"rerun": "studies/rerun.py", "claims": "studies/compute.py", "ablations": "studies/ablations.py",

@@ -29,13 +29,14 @@ import torch
 
 from hooks import HookedLoopMDM
 from studies.flops import forward_flops
+from studies.folders import folder
 from studies.tasks import Task, load_task
 from studies.training import TrainConfig, TrainResult
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ZOO = Path(__file__).resolve().parent.parent / "zoo"
+ZOO = folder("zoo")
 KINDS = {"loop": "LoopMDM", "twin": "unlooped twin (equal parameters)",
          "deep": "unlooped deep twin (equal per-step compute)"}
 
@@ -259,9 +260,10 @@ def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: s
                      "max_loops": model.max_loops},
         "training": {"steps": result.step, "examples": result.step * config.batch_size, "tokens": result.tokens,
                      "flops": result.flops, "budget_flops": config.budget_flops, "finished": result.finished,
-                     "seconds": round(result.seconds), "batch_size": config.batch_size, "lr": config.lr,
+                     "seconds": round(result.seconds), "batch_size": config.batch_size, "lr": config.peak_lr,
                      "warmup_steps": config.warmup_steps, "weight_decay": config.weight_decay,
                      "ema_decay": config.ema_decay, "loss_on": config.loss_on, "loops_drawn": config.loops_drawn,
+                     "masks": config.masks, "noise_levels": config.noise_levels, "decay_share": config.decay_share,
                      "schedule": config.schedule, "precision": config.precision, "compile": config.compile,
                      "device": config.device, "threads": torch.get_num_threads()},
         "forward_flops": {"per_example_at_mean_loops": forward_flops(model, seq_len=config.task.seq_len,
@@ -275,7 +277,9 @@ def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: s
 def card_text(card: dict[str, Any]) -> str:
     """The card as Markdown, with the front matter that a model hub reads."""
     top, run = card["topology"], card["training"]
-    loops = f"S ~ U{{1..{top['max_loops']}}}" if top["max_loops"] > 1 else "run once"
+    drawn = {"growth": f"S ~ U{{1..1}} to U{{1..{top['max_loops']}}} over the first half of the training",
+             "equal_flops": f"S from 1..{top['max_loops']}, each with equal FLOPs"}
+    loops = drawn.get(run["loops_drawn"], f"S ~ U{{1..{top['max_loops']}}}") if top["max_loops"] > 1 else "run once"
     rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in card["metrics"].items())
     return f"""---
 library_name: loopscope
@@ -297,7 +301,9 @@ Data: {card['data']}.
 {rows}
 
 `cells@S` and `exact@S`: share of free cells right, and of whole examples right, with every free position
-masked and filled in one forward of S loops, on held-out examples. `nelbo`: nats per free token.
+masked and filled in one forward of S loops, on held-out examples. `nelbo@S`: nats per free token after S loops;
+`nelbo_line@S`: after S loops that only repeat the second one's step; `loops_idle`: 1 if loops gain nearly nothing
+over one loop, or over such a line.
 """
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hooks.checkpoints import from_dit_state, load_checkpoint
-from hooks.sites import Topology
+from hooks.bridges.checkpoints import from_dit_state, load_checkpoint
+from hooks.topology import Topology
 
 VOCAB, WIDTH, HEADS, COND, BLOCKS, LENGTH = 11, 16, 2, 12, 5, 8
 TOPOLOGY = Topology(n_head=1, n_mid=2, n_tail=2, n_loops=4)
@@ -117,7 +117,7 @@ def lightning(model, average, config=None):
 def close(got, expected):
     """Up to the mask's logit, which a LoopMDM holds down: the last token, unless said otherwise."""
     torch.testing.assert_close(got[..., :-1], expected[..., :-1], rtol=1e-4, atol=1e-5)
-    assert (got[..., -1] < -1e5).all()
+    assert (got[..., -1] < -1e4).all()
 
 
 @pytest.fixture

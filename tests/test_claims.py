@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from scipy import stats
 
-from hooks.diffusion import SamplerConfig, corrupt, nelbo, sample
+from hooks.model.diffusion import SamplerConfig, corrupt, nelbo, sample
 from probes.attention import patterns
 from studies import claims_measure
 from studies.claims_judge import Judgement, Quantity, judge, quantity

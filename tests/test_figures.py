@@ -18,7 +18,7 @@ from app.figures.lens import COLOURS, lens_grid, region_curves
 from app.figures.probes import VALUES, probe_curves, probe_grid
 from app.figures.style import depth_axis, depth_names, ramp, region_ticks
 from app.figures.verdict import evidence
-from hooks.diffusion import SamplerConfig, sample
+from hooks.model.diffusion import SamplerConfig, sample
 from probes import (
     attention_summary,
     classify_tokens,
@@ -141,7 +141,7 @@ def test_a_task_of_one_region_shows_its_tokens_in_every_row(lens: xr.Dataset, cl
 
 def test_region_curves_average_masked_positions(lens: xr.Dataset) -> None:
     figure = region_curves(lens, "nll", REGIONS, "row")
-    masked = lens.masked.values
+    masked = lens.scored.values
     shown = {trace.name: trace.y for trace in figure.data}
     assert set(shown) == {f"row {r}" for r in np.unique(REGIONS[masked])}
     for r in np.unique(REGIONS[masked]):
@@ -304,6 +304,16 @@ def test_evidence_draws_every_interval() -> None:
     assert figure.data[0].error_x.arrayminus[0] == pytest.approx(0.1)
     assert [trace.showlegend for trace in figure.data] == [True, True, False]
     assert [note.text for note in figure.layout.annotations[:2]] == ["ratio same / different", "gain"]
+
+
+def test_evidence_leaves_out_what_has_no_value_and_draws_each_untrained_model() -> None:
+    spread = {"value": 0.6, "low": 0.5, "high": 0.8, "each": [0.5, 0.5, 0.8]}
+    table = [{"measure": "ratio", "loop": {"undefined": "one layer is looped"}, "untrained": spread}]
+    figure = evidence(table, {"loop": "LoopMDM", "untrained": "3 untrained LoopMDMs"})
+    mean, each = figure.data
+    assert mean.x == (0.6,)
+    assert each.x == (0.5, 0.5, 0.8)
+    assert set(each.y) == set(mean.y)
 
 
 def test_depths_are_named_by_layer_and_loop() -> None:

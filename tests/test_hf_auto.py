@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from hooks import HookedLoopMDM
-from hooks.hf import LoopMDMForMaskedLM, LoopMDMPretrainedConfig
+from hooks.bridges.hf import LoopMDMForMaskedLM, LoopMDMPretrainedConfig
 from tests.small import VARIANTS, small_model, small_tokens
 
 
@@ -91,7 +91,7 @@ def test_transformerlens_boots_the_folder(folder, n_loops):
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerFast
 
-    from hooks.tl_adapter import register
+    from hooks.bridges.tl_adapter import register
 
     model, path = folder
     register()
@@ -111,7 +111,7 @@ def test_transformerlens_boots_the_folder(folder, n_loops):
 def test_a_depth_that_no_number_of_loops_has(folder):
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    from hooks.tl_adapter import ARCHITECTURE, register
+    from hooks.bridges.tl_adapter import ARCHITECTURE, register
 
     model, path = folder
     register()
@@ -140,7 +140,7 @@ def test_refusals(folder):
 
 
 def test_transformers_is_imported_only_when_asked_for():
-    code = ("import sys, hooks, hooks.unroll, hooks.interop, hooks.checkpoints; "
+    code = ("import sys, hooks, hooks.unroll, hooks.bridges.interop, hooks.bridges.checkpoints; "
             "print([m for m in ('transformers', 'transformer_lens') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,7 @@ from transformer_lens import ActivationCache, patching
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 from transformer_lens.tools.analysis.logit_lens import logit_lens
 
-from hooks.interop import depth_site, entered_resid, to_depth, to_sites
+from hooks.bridges.interop import depth_site, entered_resid, to_depth, to_sites
 from hooks.sites import SiteError
 from tests.small import VARIANTS, small_tokens
 from tests.small_unrolled import BY_EXAMPLE, LOOPS, build, close, visible

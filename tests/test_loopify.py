@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hooks.loopify import loopify
-from hooks.schedules import schedule_of
-from hooks.watch import watch
+from hooks.foreign.loopify import loopify
+from hooks.foreign.schedules import schedule_of
+from hooks.foreign.watching import watch
 
 
 def ids(batch: int = 2, pos: int = 7) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hooks.watch import watch
+from hooks.foreign.watching import watch
 from tests.small_looped import Wrapping, looped, states
 
 

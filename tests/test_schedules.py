@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hooks.discovery import discover
-from hooks.schedules import Schedule, albert, hrm_text, huginn, ouro, schedule_of
-from hooks.watch import watch
+from hooks.foreign.discovery import discover
+from hooks.foreign.schedules import Schedule, albert, hrm_text, huginn, ouro, schedule_of
+from hooks.foreign.watching import watch
 from studies.examples.architectures import HuginnLike, OuroLike
 
 H, L = 2, 3

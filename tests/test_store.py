@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hooks import HookedLoopMDM, SiteError
-from hooks.denoising import record_sampling
-from hooks.diffusion import DenoisingStep, SamplerConfig, sample
 from hooks.edits import edit, skip_loop
+from hooks.model.diffusion import DenoisingStep, SamplerConfig, sample
+from hooks.model.sampling import record_sampling
 from hooks.recording import Recording
 from hooks.reducers import CosineToPrevious, Mean, Norm
 from hooks.store import RecordingWriter, open_recording

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hooks.discovery import describe
 from hooks.edits import ablate, patch, skip_loop
+from hooks.foreign.discovery import describe
+from hooks.foreign.schedules import Schedule
+from hooks.foreign.watching import watch
 from hooks.reducers import Mean
-from hooks.schedules import Schedule
 from hooks.sites import SiteError
-from hooks.watch import watch
 from tests.small_looped import SCHEDULE, Looped, by_hand, looped, n_hooks, states
 
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hooks.watch import watch
+from hooks.foreign.watching import watch
 
 
 class Leaf(nn.Module):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from hooks.discovery import discover, walk
+from hooks.foreign.discovery import discover, walk
+from hooks.foreign.watching import watch
 from hooks.sites import SiteError
-from hooks.watch import watch
 from tests.small_looped import SCHEDULE, Looped, Wrapping, by_hand, looped, n_hooks, states
 
 

@@ -53,7 +53,7 @@ def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarr
     predictions have a dark corner; hovering lists the likeliest tokens.
     """
     shown = lens.isel(pos=list(positions))
-    here, asked = tokens[list(positions)][:, None], shown.masked.values[:, None]
+    here, asked = tokens[list(positions)][:, None], shown.scored.values[:, None]
     predicted = shown.prediction.transpose("pos", "depth").values
     few = len(positions) <= (TEXT_UP_TO if len(np.unique(regions)) > 1 else TEXT_UP_TO_IN_ONE)
     row = 22 if few else 8
@@ -85,7 +85,7 @@ def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarr
 
 def region_curves(lens: xr.Dataset, value: str, regions: Int[np.ndarray, "pos"], region_name: str) -> go.Figure:
     """A lens value at every depth, averaged over the masked positions of each region: lens over (depth, pos)."""
-    masked = lens.masked.values
+    masked = lens.scored.values
     wanted = [r for r in np.unique(regions) if (masked & (regions == r)).any()]
     figure = go.Figure()
     places = depth_names(lens.layer.values, lens.loop.values)
@@ -114,7 +114,7 @@ def _scale(colour: str, lens: xr.Dataset, n_tokens: int) -> dict[str, Any]:
     if colour == "probability":
         return {"colorscale": AMOUNT, "zmin": 1 / n_tokens, "zmax": 1,
                 "colorbar": colourbar("probability of the prediction")}
-    asked = lens[colour].where(lens.masked)
+    asked = lens[colour].where(lens.scored)
     top = guess if colour == "entropy" else float(asked.max().fillna(0).clip(1e-6))
     title = "entropy [nat]" if colour == "entropy" else "KL(final ‖ lens) [nat]"
     return {"colorscale": "Viridis_r" if colour == "entropy" else "Blues", "zmin": 0, "zmax": top,
@@ -129,7 +129,7 @@ def _hover(lens: xr.Dataset, look: Look, tokens: np.ndarray, positions: Sequence
     else:
         ids, p = (lens[name].transpose("pos", "depth").values[..., None] for name in ("prediction", "probability"))
     nll = lens.nll.transpose("pos", "depth").values
-    masked = lens.masked.values
+    masked = lens.scored.values
     text = np.empty(ids.shape[:2], dtype=object)
     for i, pos in enumerate(positions):
         role = "masked" if masked[i] else "visible"

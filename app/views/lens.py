@@ -13,7 +13,7 @@ from app import compute, selection, show
 from app.figures.grids import Look, Panel, mask_editor, token_grids
 from app.figures.lens import COLOURS, lens_grid, region_curves
 from app.selection import Scene
-from hooks.diffusion import T_MIN
+from hooks.model.diffusion import T_MIN
 from probes.lenses import LENSES, LensKind
 
 KINDS: dict[str, LensKind] = {"coda lens": "coda", "logit lens": "logit"}

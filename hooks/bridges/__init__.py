@@ -1,0 +1,1 @@
+"""Other libraries' formats: TransformerLens, transformers, and checkpoints of other masked-diffusion code."""

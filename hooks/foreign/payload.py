@@ -1,0 +1,86 @@
+"""The hidden state inside what a module takes and returns: a tensor, or a tensor within a tuple, list or dict.
+
+Transformer layers return tuples and ``ModelOutput`` dicts, and take their hidden state by position or by
+name. `hooks.foreign.watching` records and replaces one tensor there, found by these rules and put back into a
+container of the same kind; everything else passes untouched.
+
+    find((hidden, None))                  # (0,): where the tensor is
+    get((hidden, None), (0,))             # hidden
+    put((hidden, None), (0,), new)        # (new, None)
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+Where = tuple[Any, ...]
+"""Keys and indices that lead to the tensor, outermost first."""
+
+FIRST = ("last_hidden_state", "hidden_states", "logits", "x", "input", "hidden_state", "inputs_embeds")
+"""Names that are looked at before the others, in this order."""
+
+
+def find(value: Any) -> Where | None:
+    """Where the tensor is in ``value``: itself; else the first floating-point one, else the first of any type.
+
+    Named parts are searched in the order of `FIRST`, then in their own. None if there is no tensor.
+    """
+    return _search(value, floating=True) or _search(value, floating=False) if not isinstance(value, Tensor) else ()
+
+
+def get(value: Any, where: Where) -> Any:
+    for key in where:
+        value = getattr(value, key) if _is_plain_dataclass(value) else value[key]
+    return value
+
+
+def put(value: Any, where: Where, tensor: Tensor) -> Any:
+    """``value`` with the tensor at ``where`` replaced; containers on the way are copied, not changed."""
+    if not where:
+        return tensor
+    key = where[0]
+    inner = put(get(value, (key,)), where[1:], tensor)
+    if _is_plain_dataclass(value):
+        return dataclasses.replace(value, **{key: inner})
+    if isinstance(value, tuple):
+        parts = [*value[:key], inner, *value[key + 1:]]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    changed = copy.copy(value)
+    changed[key] = inner
+    return changed
+
+
+# ------------------------------------------------------------------------ private
+
+
+def _search(value: Any, floating: bool) -> Where | None:
+    if isinstance(value, Tensor):
+        return () if value.is_floating_point() or not floating else None
+    for key, part in _parts(value):
+        where = _search(part, floating)
+        if where is not None:
+            return (key, *where)
+    return None
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        named = dict(value)
+    elif _is_plain_dataclass(value):
+        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    else:
+        return []
+    first = [name for name in FIRST if name in named]
+    return [(name, named[name]) for name in (*first, *(name for name in named if name not in first))]
+
+
+def _is_plain_dataclass(value: Any) -> bool:
+    """A dataclass that is not also a mapping (transformers' ModelOutput is both)."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (Mapping, type))

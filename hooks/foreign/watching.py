@@ -1,0 +1,105 @@
+"""watch: per-loop recording and editing of any looped ``nn.Module`` or TransformerLens bridge.
+
+The names of places are ``{module.path}.hook_in`` and ``.hook_out`` (a bridge's own hook names), with
+``@loop`` where a module runs more than once per forward: ``@3``, or ``@h1.l0`` in nested cycles. Which loop
+a firing is follows from counting, from the start of each forward, against a schedule (`hooks.foreign.schedules`);
+without one, a dry run of the first forward discovers the counts (`hooks.foreign.discovery`).
+
+    with watch(model, "core_block.*.hook_out", schedule={"core_block": 8}) as rec:
+        model(tokens)
+    rec["core_block.1.hook_out@-1"]                           # also rec.stack(...), as any Recording
+
+    with watch(model, "coda.0.hook_in", fwd_hooks=[("core_block.1.hook_out@3", fn)], gradients=True) as rec:
+        model(tokens).logits.sum().backward()                 # rec.gradients["coda.0.hook_in"]
+
+Where a module takes or returns a tuple or a dict, the site is the hidden state in it (`hooks.foreign.payload`). Calls
+outside a forward of the watched module do not count. Of nested watches, the inner one acts first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from hooks.edits import PlanEdit
+from hooks.foreign.discovery import walk
+from hooks.foreign.firings import COMPILED, Hooks, Run, Watched
+from hooks.foreign.places import places_of
+from hooks.foreign.schedules import Cycles, Schedule, Scheduled, schedule_of
+from hooks.recording import Cut, Recorder, Recording, Reducer
+from hooks.sites import SitePattern
+
+
+@contextmanager
+def watch(module: nn.Module, sites: SitePattern = None, *,
+          schedule: Scheduled | Mapping[str, Cycles] | None = None,
+          fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), gradients: bool = False,
+          reduce: Reducer | None = None, pos_slice: Cut | None = None, batch_slice: Cut | None = None,
+          dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+          seed: int | None = None, on_forward: Callable[[Recording], None] | None = None) -> Iterator[Watched]:
+    """Record ``sites`` (default all; () for none) of every forward of ``module`` in the block, loop by loop.
+
+    ``schedule`` says which modules loop: `Schedule` or the mapping that makes one, or a ``describe(...).schedule``.
+    By default it is that of a known architecture, else that of a dry run on the inputs of the first forward.
+    ``fwd_hooks`` are (sites, fn) pairs, called as ``fn(activation, hook=firing)`` with ``firing.site``, ``.name``
+    and ``.loop``, and may return a replacement; site edits of `hooks.edits` work too. Recording sees their
+    result. ``bwd_hooks`` get gradients, and ``gradients=True`` records those of ``sites`` in ``rec.gradients``
+    when a backward pass runs. ``reduce`` to ``device`` shape the copy, as in `hooks.recording.Recorder`.
+    ``seed`` seeds torch's random state for each forward and restores it afterwards: the same initial state
+    each time in a model that draws one. ``on_forward`` gets the recording of each forward as it ends, for
+    loops such as generation; the block's recording always is that of the last one.
+
+    In the block compiled code runs as plain Python. Raises SiteError for sites that cannot fire (before the
+    forward), ValueError for modules whose calls Python cannot see (compiled, scripted), RuntimeError for a module
+    that ran another number of times than the schedule says, for a forward inside a forward, for replicas, and
+    for a block in which nothing ran.
+    Sites that only a wildcard names and that never fire are left out. All hooks are removed when the block ends.
+    """
+    _refuse_compiled(module)
+    if any(isinstance(entry, PlanEdit) for entry in fwd_hooks):
+        raise ValueError("skipping, repeating and swapping loops needs a model that can re-plan its run "
+                         "(HookedLoopMDM): under watch, edit at sites.")
+    if isinstance(schedule, Mapping):
+        schedule = Schedule(schedule)
+    run = Run(module, sites, fwd_hooks, bwd_hooks, gradients, seed, on_forward,
+              recorder=lambda: Recorder(reduce=reduce, pos=pos_slice, batch=batch_slice, dtype=dtype, device=device))
+    if gradients and getattr(reduce, "forward_only", False):
+        raise ValueError(f"{type(reduce).__name__} compares a loop with the one before it, and a backward pass "
+                         "visits loops in reverse: record gradients without it.")
+    schedule = schedule_of(module) if schedule is None else schedule
+    try:
+        if schedule is not None:
+            run.attach(places_of(module, schedule))
+        run.frame()
+        with _uncompiled():
+            yield run.recording
+    finally:
+        run.detach()
+    run.refuse_silence()
+
+
+# ------------------------------------------------------------------------ private
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Inside it, compiled functions that call a watched module run as plain Python, so that its hooks are called."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled yet; importing it takes a second
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    for _, part in walk(module):
+        if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
+            raise ValueError(COMPILED)
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError("the module is scripted or traced (torch.jit), and its calls cannot be seen from Python: "
+                             "watch the module it was made from.")
+
+
+__all__ = ["Watched", "watch"]

@@ -1,0 +1,1 @@
+"""LoopMDM itself: configuration and forward pass, its hooked form, its training bound and its sampler."""
