@@ -28,7 +28,7 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
     heights = [len(here) + 1.6 for here in shown]
     inner = LINE_PX * sum(heights) + GAP_PX * (len(table) - 1)
     total = round(inner + MARGIN["t"] + MARGIN["b"])
-    figure = make_subplots(len(table), 1, row_heights=heights, vertical_spacing=GAP_PX / inner,
+    figure = make_subplots(len(table), 1, row_heights=heights, vertical_spacing=GAP_PX / inner if len(table) > 1 else 0,
                            subplot_titles=[str(row["measure"]) for row in table])
     named: set[str] = set()
     for i, (row, here) in enumerate(zip(table, shown, strict=True), start=1):
