@@ -4,9 +4,9 @@
 
 For each preset one optimiser step is timed as its recipe has it (bfloat16 products and compiled blocks where the
 machine can, masked positions unembedded) and as plain PyTorch has it (float32, eager, the whole output,
-`hooks.model.diffusion.nelbo`), in alternating rounds. FLOPs are counted from the configuration (`studies.flops`); the
-matrix rate is the best that torch reaches on the products of that model's layers, in the same precision, on as many
-threads.
+`hooks.model.diffusion.nelbo`), in alternating rounds. FLOPs are counted from the configuration
+(`studies.training.flops`); the matrix rate is the best that torch reaches on the products of that model's layers, in
+the same precision, on as many threads.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.timing import Estimate, alternate, compare
 from hooks.model.diffusion import antithetic_t, corrupt, nelbo
-from studies.flops import training_flops
-from studies.machine import fastest
-from studies.presets import PRESETS
-from studies.training import TrainConfig, TrainingRun
-from studies.training_step import Share
+from studies.training.flops import training_flops
+from studies.training.machine import fastest
+from studies.training.presets import PRESETS
+from studies.training.run import TrainConfig, TrainingRun
+from studies.training.step import Share
 
 SIZES = ("automaton", "sudoku6", "pointer", "text")
 N_LOOPS = 4

@@ -6,7 +6,7 @@
 
 Blayney et al. (2604.11791) report that in looped language models each layer of the cycle tends to its own fixed
 point, and that block size, input injection and normalisation decide whether it does. Every variant here was trained
-on the same task for the same FLOPs; `studies.presets.ABLATIONS` says what each changes. Seeds of a variant are
+on the same task for the same FLOPs; `studies.training.presets.ABLATIONS` says what each changes. Seeds of a variant are
 averaged, and the seeds of the base say how much chance alone moves a number. Where the norm of the state grows on,
 there is no fixed point; then "converged" is said of the state's direction.
 """
@@ -30,9 +30,9 @@ from hooks import HookedLoopMDM
 from probes.geometry import classify_tokens, dynamics, fixed_point
 from probes.measurement import measurement
 from probes.stages import Cycle, head_distances, loop_cycle, pattern_gram
-from studies.ablations_report import figures, page, report, words
 from studies.checks import at_least
-from studies.claims_measure import loop_counts, looped
+from studies.questions.ablations.page import figures, page, report, words
+from studies.questions.claims.measure import loop_counts, looped
 from studies.results import RESULTS, provenance, read_results, write_results
 from studies.zoo import ZOO, Entry, load, names, read_card
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from studies.machine import Precision, fastest
-from studies.presets import PRESETS
-from studies.training import Kind, train
-from studies.training_step import join
+from studies.training.machine import Precision, fastest
+from studies.training.presets import PRESETS
+from studies.training.run import Kind, train
+from studies.training.step import join
 from studies.zoo import ZOO, export
 
 

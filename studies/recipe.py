@@ -19,10 +19,10 @@ from typing import Any
 
 import tyro
 
-from studies.presets import PRESETS
-from studies.recipe_report import page
+from studies.questions.recipe.page import page
 from studies.results import RESULTS
-from studies.training import TrainConfig, train
+from studies.training.presets import PRESETS
+from studies.training.run import TrainConfig, train
 
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "recipe": ("the recipe: S growing, exact mask sizes", {}),

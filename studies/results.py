@@ -77,8 +77,8 @@ def _not_finite(value: Any, where: str = "") -> list[str]:
     return [where] if isinstance(value, float) and not math.isfinite(value) else []
 
 
-SCRIPTS = {"rerun": "studies/rerun.py", "claims": "studies/compute.py", "ablations": "studies/ablations.py",
-           "longer": "studies/longer.py"}
+SCRIPTS = {"rerun": "studies/rerun.py", "claims": "studies/claims.py", "ablations": "studies/ablations.py",
+           "longer": "studies/length_generalization.py"}
 """The program that makes a results folder, by what its name begins with."""
 
 

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooks import HookedLoopMDM
-from studies.flops import forward_flops
 from studies.folders import folder
 from studies.tasks import Task, load_task
-from studies.training import TrainConfig, TrainResult
+from studies.training.flops import forward_flops
+from studies.training.run import TrainConfig, TrainResult
 
 if TYPE_CHECKING:
     import pandas as pd

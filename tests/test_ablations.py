@@ -11,7 +11,7 @@ import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from studies.ablations import MEASURES, Ablations, attention_change, find, main, measure
-from studies.ablations_report import page, words
+from studies.questions.ablations.page import page, words
 from studies.results import RESULTS
 from studies.zoo import load
 from tests.small import uniform_attention

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import antithetic_t, corrupt, corrupt_exactly, exact_t, nelbo
-from studies.flops import training_flops
 from studies.tasks import Automaton
-from studies.training import TrainConfig, TrainingRun, train
-from studies.training_draws import loop_weights, rate
-from studies.training_eval import held_out, idle_loops, loop_counts
-from studies.training_step import Share
+from studies.training.draws import loop_weights, rate
+from studies.training.evaluation import held_out, idle_loops, loop_counts
+from studies.training.flops import training_flops
+from studies.training.run import TrainConfig, TrainingRun, train
+from studies.training.step import Share
 from tests.small import small_model
 
 TASK = Automaton(rule=90, width=5, rows=3)

@@ -16,10 +16,11 @@ import torch
 
 from hooks import HookedLoopMDM
 from probes.stages import Interval, NotDefined, Spread
-from studies import readme, rerun, rerun_verdict, zoo
-from studies.rerun_operation import Operation, Setting
+from studies import readme, rerun, zoo
+from studies.questions.stages import judge as rerun_verdict
+from studies.questions.stages.operation import Operation, Setting
 from studies.results import read_results, write_results
-from studies.training import train
+from studies.training.run import train
 from tests.small import uniform_attention
 from tests.test_training import tiny
 

@@ -23,13 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import corrupt, nelbo
 from hooks.model.layers import Block
-from studies import machine, zoo
-from studies.flops import forward_flops, mean_loops, training_flops
-from studies.presets import PRESETS
+from studies import zoo
 from studies.tasks import Automaton, Batch
-from studies.training import TrainConfig, TrainResult, train
-from studies.training_draws import loop_weights
-from studies.training_step import Share, TrainingStep, bound
+from studies.training import machine
+from studies.training.draws import loop_weights
+from studies.training.flops import forward_flops, mean_loops, training_flops
+from studies.training.presets import PRESETS
+from studies.training.run import TrainConfig, TrainResult, train
+from studies.training.step import Share, TrainingStep, bound
 from tests.small import VARIANTS, small_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +231,7 @@ def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
         compiled_by(module, **options, backend=backend)
 
     monkeypatch.setattr(Block, "compile", with_backend)
-    monkeypatch.setattr("studies.training_step.missing_for_compile", lambda device: None)
+    monkeypatch.setattr("studies.training.step.missing_for_compile", lambda device: None)
     batch, noised, t = batch_of(Automaton(rule=90, width=5, rows=2))
     plain, compiled = small_model(vocab_size=3, mask_token_id=2), small_model(vocab_size=3, mask_token_id=2)
     assert TrainingStep(compiled, compile=True).backward(batch, noised, t, 3) == pytest.approx(
@@ -274,7 +275,7 @@ _PROCESSES = """
 import sys
 from pathlib import Path
 from tests.test_training import tiny
-from studies.training import train
+from studies.training.run import train
 train(tiny(Path(sys.argv[1]), time_budget_s=600.0), progress=False)
 """
 

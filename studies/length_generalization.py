@@ -1,7 +1,7 @@
-"""Can a model fill more rows of an automaton than it was trained on, if it may loop more? Writes results/longer-….
+"""Can a model fill more rows of an automaton than it was trained on, if it may loop more?
 
-    python studies/longer.py                               # the zoo's automaton triplets, all seeds
-    python studies/longer.py --rows 8 12 16 --loops 8 32
+    python studies/length_generalization.py                               # the zoo's automaton triplets, all seeds
+    python studies/length_generalization.py --rows 8 12 16 --loops 8 32
 
 Rotary positions have no last one, so a trained network takes longer sequences as it is. Each free row
 follows from the row before, so a loop that applied the rule once more would go on for as long as it is asked to.
@@ -25,16 +25,16 @@ from tqdm import tqdm
 from hooks import HookedLoopMDM
 from probes.measurement import measurement
 from studies.checks import at_least
-from studies.claims_report import NAMES
-from studies.compute import find_groups
-from studies.longer_report import figure, report, words
+from studies.claims import find_groups
+from studies.questions.claims.page import NAMES
+from studies.questions.length_generalization.page import figure, report, words
 from studies.results import RESULTS, provenance, write_results
 from studies.tasks import Automaton
 from studies.zoo import ZOO, Entry
 
 
 @dataclass(frozen=True)
-class Longer:
+class LengthGeneralization:
     """Test automaton models on more rows than they were trained on."""
 
     group: str = "automaton"
@@ -83,7 +83,7 @@ def measure(entry: Entry, rows: int, n_loops: int, *, examples: int, seed: int) 
     return right.numpy(), float(task.score(predicted, batch)["exact"].mean())
 
 
-def curves(seeds: dict[int, dict[str, Entry]], args: Longer) -> xr.Dataset:
+def curves(seeds: dict[int, dict[str, Entry]], args: LengthGeneralization) -> xr.Dataset:
     """kind × seed × n_rows × n_loops (× row); NaN where a kind does not loop."""
     kinds = [kind for kind in NAMES if all(kind in models for models in seeds.values())]
     shape = len(kinds), len(seeds), len(args.rows), len(args.loops)
@@ -107,7 +107,7 @@ def curves(seeds: dict[int, dict[str, Entry]], args: Longer) -> xr.Dataset:
                              long_name="examples right")})
 
 
-def main(args: Longer) -> int:
+def main(args: LengthGeneralization) -> int:
     """Run the study; 2 if the zoo has no such models."""
     began = time.monotonic()
     seeds = find_groups(args.zoo).get(args.group)
@@ -123,8 +123,8 @@ def main(args: Longer) -> int:
     verdict = {"more_rows": list(args.rows), "words": said, "task": task.to_dict(),
                "entries": [entry.name for entry in entries],
                "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
-    folder = write_results(args.results / f"longer-{args.group}", verdict=verdict, datasets={"curves": data},
-                           html=report(verdict, data))
+    folder = write_results(args.results / f"length_generalization-{args.group}", verdict=verdict,
+                           datasets={"curves": data}, html=report(verdict, data))
     if args.pictures:
         figure(data).write_image(folder / "rows.svg")
     print(f"{said}\nWritten to {folder} in {time.monotonic() - began:.0f} s")
@@ -132,4 +132,4 @@ def main(args: Longer) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Longer, description=__doc__)))
+    sys.exit(main(tyro.cli(LengthGeneralization, description=__doc__)))

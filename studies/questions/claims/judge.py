@@ -200,7 +200,7 @@ def ratio_quantity(label: str, ratio: xr.DataArray, side: xr.DataArray, **option
 
 
 def judge(pooled: Mapping[str, xr.Dataset]) -> dict[str, Judgement]:
-    """Claims (a) to (g) from measurements with a ``seed`` axis (see `claims_measure.measure`)."""
+    """Claims (a) to (g) from measurements with a ``seed`` axis (see `measure.measure`)."""
     found = {}
     for letter, function in _CLAIMS.items():
         found[letter] = function(letter, pooled)

@@ -15,8 +15,8 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
-from studies.rerun_operation import SUBJECTS
-from studies.rerun_verdict import cell_text, notes
+from studies.questions.stages.judge import cell_text, notes
+from studies.questions.stages.operation import SUBJECTS
 
 COLOURS = {"loop": "#0072B2", "control": "#D55E00", "deep": "#D55E00", "twin": "#009E73", "untrained": "#7F7F7F"}
 """Okabe and Ito's colour-blind safe palette, one colour per subject everywhere."""

@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from studies.claims_report import NAMES
+from studies.questions.claims.page import NAMES
 
 WHAT = ("Each model at the number of loops that serves it best; mean over training seeds. A line that stays up "
         "would be an operation that loops go on applying. The unlooped twin is in the table only.")

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooks import HookedLoopMDM
-from studies.machine import Precision, missing_for_compile
 from studies.tasks import Batch
+from studies.training.machine import Precision, missing_for_compile
 
 LossOn = Literal["last", "every"]
 
@@ -87,7 +87,7 @@ class TrainingStep:
 
     ``precision`` "bf16" runs matrix products in bfloat16 (weights, optimiser and residual stream stay in float32);
     ``compile`` has torch compile the blocks, which needs a C++ compiler on a CPU. Raises RuntimeError without one.
-    What the machine does fast is in `studies.machine`: "bf16" runs on any CPU, without instructions slowly.
+    What the machine does fast is in `studies.training.machine`: "bf16" runs on any CPU, without instructions slowly.
     """
 
     def __init__(self, model: HookedLoopMDM, *, precision: Precision = "fp32", compile: bool = False,

@@ -5,8 +5,9 @@ length of the LoopMDM's run in steps; the FLOPs that follow are the budget of al
 
     config = PRESETS["automaton"].train_config(kind="twin", seed=1)
 
-All of them multiply matrices in bfloat16 and compile their blocks where the machine can (`studies.machine`), which
-about halves the time on a CPU that has the instructions; ``--precision`` and ``--compile`` choose otherwise.
+All of them multiply matrices in bfloat16 and compile their blocks where the machine can
+(`studies.training.machine`), which about halves the time on a CPU that has the instructions; ``--precision`` and
+``--compile`` choose otherwise.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from studies.flops import mean_loops, training_flops
-from studies.machine import fastest
 from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
-from studies.training import Kind, TrainConfig
+from studies.training.flops import mean_loops, training_flops
+from studies.training.machine import fastest
+from studies.training.run import Kind, TrainConfig
 
 GROWN: dict[str, Any] = {"loops_drawn": "growth", "masks": "exact"}
 """The recipe under which loops are used (results/recipe.md). Presets without it made checkpoints before it was known,
@@ -48,7 +49,8 @@ class Preset:
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
         """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count.
 
-        ``precision`` and ``compile`` are what the machine is fastest with, unless given (`studies.machine.fastest`).
+        ``precision`` and ``compile`` are what the machine is fastest with, unless given
+        (`studies.training.machine.fastest`).
         """
         recipe = {**self.train, **overrides}
         fast = fastest(recipe.get("device", "cpu"), precision=recipe.get("precision"), compile=recipe.get("compile"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from studies.longer import Longer, lengthened, main, measure
-from studies.longer_report import best_loops, table
+from studies.length_generalization import LengthGeneralization, lengthened, main, measure
+from studies.questions.length_generalization.page import best_loops, table
 from studies.results import read_results
 from studies.zoo import Entry, load
 from tests.small_zoo import TASK, make_zoo
@@ -61,9 +61,9 @@ def test_rows_against_a_slow_count(zoo: Path, rows: int) -> None:
 
 
 def test_the_study(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = Longer(rows=(4, 5), loops=(1, 3), examples=8, pictures=False, zoo=zoo, results=tmp_path)
+    args = LengthGeneralization(rows=(4, 5), loops=(1, 3), examples=8, pictures=False, zoo=zoo, results=tmp_path)
     assert main(args) == 0
-    results = read_results(tmp_path / "longer-automaton")
+    results = read_results(tmp_path / "length_generalization-automaton")
     data = results.datasets["curves"]
     assert data.cells.dims == ("kind", "seed", "n_rows", "n_loops", "row")
     assert data.exact.sel(kind="twin").isnull().sum() == 2, "the twins run once"
@@ -72,7 +72,7 @@ def test_the_study(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     mean = data.cells.mean(["row", "seed"]).sel(kind="loop")
     assert np.allclose(best_loops(data).cells.mean(["row", "seed"]).sel(kind="loop"), mean.max("n_loops"))
     cells = best_loops(data).cells.mean(["row", "seed"])
-    said, page = results.verdict["words"], (tmp_path / "longer-automaton" / "report.html").read_text()
+    said, page = results.verdict["words"], (tmp_path / "length_generalization-automaton" / "report.html").read_text()
     assert said.startswith("Trained on 4 rows;")
     for kind, name in (("loop", "LoopMDM"), ("deep", "deep twin")):
         at = [f"{cells.sel(kind=kind, n_rows=n):.0%} of cells" for n in (4, 5)]

@@ -1,9 +1,9 @@
 """The paper's claims about compute, tested on the zoo: writes results/claims.md.
 
-    python studies/compute.py                              # every task of which there is a LoopMDM and a twin
-    python studies/compute.py --groups automaton           # one task, all its seeds
-    python studies/compute.py --examples 1024 --few 256    # with narrower intervals over examples
-    python studies/compute.py --stored                     # judge and draw again what was measured before
+    python studies/claims.py                              # every task of which there is a LoopMDM and a twin
+    python studies/claims.py --groups automaton           # one task, all its seeds
+    python studies/claims.py --examples 1024 --few 256    # with narrower intervals over examples
+    python studies/claims.py --stored                     # judge and draw again what was measured before
 
 (a) training FLOPs to the twin's NELBO, (b) the deep twin, (c) loops up to 4·S_max, (d) noise
 levels, (e) mask-to-mask attention, (f) adaptive looping, (g) loops against denoising steps.
@@ -29,15 +29,15 @@ import xarray as xr
 from tqdm import tqdm
 
 from studies.checks import at_least
-from studies.claims_judge import Judgement, judge
-from studies.claims_measure import Setting, measure
-from studies.claims_report import TITLES, Group, claim_figures, claims_page, group_page
+from studies.questions.claims.judge import Judgement, judge
+from studies.questions.claims.measure import Setting, measure
+from studies.questions.claims.page import TITLES, Group, claim_figures, claims_page, group_page
 from studies.results import RESULTS, provenance, read_results, write_results
 from studies.zoo import ZOO, Entry, Problem, load_whole, names, read_json, read_metrics, skipped
 
 
 @dataclass(frozen=True)
-class Compute:
+class Claims:
     """Test the paper's claims on the triplets of a zoo."""
 
     groups: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def pool(measured: dict[int, dict[str, xr.Dataset]]) -> dict[str, xr.Dataset]:
             for name in next(iter(measured.values()))}
 
 
-def study(name: str, seeds: dict[int, dict[str, Entry]], args: Compute) -> None:
+def study(name: str, seeds: dict[int, dict[str, Entry]], args: Claims) -> None:
     """Measure and judge one group, and write its folder."""
     began = time.monotonic()
     setting = Setting(examples=args.examples, few=args.few, seed=args.seed)
@@ -102,7 +102,7 @@ def study(name: str, seeds: dict[int, dict[str, Entry]], args: Compute) -> None:
     write(group, pooled, args, provenance(args, entries, seconds=time.monotonic() - began))
 
 
-def study_again(name: str, args: Compute) -> None:
+def study_again(name: str, args: Claims) -> None:
     """Judge and draw one group's stored measurements. FileNotFoundError or ValueError name what does not fit."""
     results = read_results(args.results / f"claims-{name}")
     saved, pooled = results.verdict, results.datasets
@@ -111,10 +111,10 @@ def study_again(name: str, args: Compute) -> None:
         write(group, pooled, args, saved["provenance"])
     except (KeyError, AttributeError) as error:
         raise ValueError(f"{results.path} lacks {error}: it was measured by another version. Measure it again with "
-                         f"`python studies/compute.py --groups {name}`.") from error
+                         f"`python studies/claims.py --groups {name}`.") from error
 
 
-def write(group: Group, pooled: dict[str, xr.Dataset], args: Compute, made: dict[str, Any]) -> None:
+def write(group: Group, pooled: dict[str, xr.Dataset], args: Claims, made: dict[str, Any]) -> None:
     """The folder of one judged group."""
     figures = claim_figures(pooled)
     verdict = {"group": group.name, "task": group.task, "seeds": group.seeds, "entries": group.entries,
@@ -143,11 +143,11 @@ def read_groups(results: Path) -> list[Group]:
             groups.append(Group(saved["group"], saved["task"], saved["seeds"], saved["entries"], judgements))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"it is incomplete ({error})"
-            skipped(Problem(path, f"{reason}; make it again with `python studies/compute.py`."))
+            skipped(Problem(path, f"{reason}; make it again with `python studies/claims.py`."))
     return groups
 
 
-def measured_groups(args: Compute) -> list[str]:
+def measured_groups(args: Claims) -> list[str]:
     """The groups that --stored is to judge again. ValueError for one that was not measured."""
     there = sorted(path.parent.name.removeprefix("claims-") for path in args.results.glob("claims-*/measurements.nc"))
     if unknown := sorted(set(args.groups) - set(there)):
@@ -156,7 +156,7 @@ def measured_groups(args: Compute) -> list[str]:
     return list(args.groups) or there
 
 
-def main(args: Compute) -> int:
+def main(args: Claims) -> int:
     """Run the study; 2 if a group is not in the zoo, or with --stored not in the results."""
     if args.stored:
         try:
@@ -180,10 +180,10 @@ def main(args: Compute) -> int:
     return conclude(args)
 
 
-def conclude(args: Compute) -> int:
+def conclude(args: Claims) -> int:
     """Write the page of all groups, and say what was found."""
     groups = read_groups(args.results)
-    page = claims_page(groups, command="python studies/compute.py", pictures=args.pictures)
+    page = claims_page(groups, command="python studies/claims.py", pictures=args.pictures)
     (args.results / "claims.md").write_text(page)
     for group in groups:
         for letter, judgement in group.judgements.items():
@@ -194,4 +194,4 @@ def conclude(args: Compute) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Compute, description=__doc__)))
+    sys.exit(main(tyro.cli(Claims, description=__doc__)))

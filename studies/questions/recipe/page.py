@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from studies.training_eval import IDLE
+from studies.training.evaluation import IDLE
 
 Run = Mapping[str, Any]
 FEWEST = 3
@@ -108,7 +108,7 @@ def page(runs: Sequence[Run], names: Mapping[str, str]) -> str:
     lines += ["", *(f"- *{task}*: " + ", ".join(f"{key} {value}" for key, value in difficulty.items() if key != "name")
                     + "." for task, difficulty in sorted(tasks.items())),
               "- *examples right*: every free position masked, one forward of S_max loops. *idle*: runs whose loops "
-              f"gain less than {IDLE} nat over one loop or over the straight line (`studies.training_eval`).",
+              f"gain less than {IDLE} nat over one loop or over the straight line (`studies.training.evaluation`).",
               "- Medians over seeds, ranges in brackets."]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """What the claims study measures: one triplet, claims (a) to (g), example by example.
 
 Each function answers for one claim of LoopMDM (2605.26106) with a labelled dataset; values that
-belong to single held-out examples keep an ``example`` axis, so that `claims_judge` can put
+belong to single held-out examples keep an ``example`` axis, so that `judge` can put
 intervals around them. All models of a task see the same examples, noise levels and masks.
 
     data = measure(triplet("automaton"), Setting())

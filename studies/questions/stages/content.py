@@ -19,7 +19,7 @@ from hooks import HookedLoopMDM
 from probes.linear import ridge_probes
 from probes.measurement import measurement
 from probes.stages import Cycle, NotDefinedError
-from studies.rerun_operation import SUBJECTS, Operation, Setting, Value
+from studies.questions.stages.operation import SUBJECTS, Operation, Setting, Value
 
 
 def measure(setting: Setting) -> Operation:

@@ -10,10 +10,10 @@ import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
-from studies.claims_judge import Judgement
-from studies.claims_measure import Setting, measure
-from studies.claims_report import claim_figures
-from studies.compute import Compute, find_groups, main, pool, read_groups
+from studies.claims import Claims, find_groups, main, pool, read_groups
+from studies.questions.claims.judge import Judgement
+from studies.questions.claims.measure import Setting, measure
+from studies.questions.claims.page import claim_figures
 from studies.results import RESULTS, read_results
 from studies.zoo import triplet
 from tests.small_zoo import make_zoo, with_curves
@@ -42,7 +42,7 @@ def test_figures_show_every_claim(measured: dict[str, xr.Dataset]) -> None:
 
 def test_program(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twice with one seed: the same page; a group not in the zoo: refused."""
-    args = Compute(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)
+    args = Claims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)
     assert main(args) == 0
     page = (tmp_path / "claims.md").read_text()
     assert main(args) == 0
@@ -52,9 +52,9 @@ def test_program(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert f"### ({letter}) {claim['claim']}" in page
         assert claim["word"] in page
     assert saved["provenance"]["models"]["automaton-loop"]["sha256"]
-    assert main(Compute(groups=("chess",), zoo=zoo, results=tmp_path)) == 2
+    assert main(Claims(groups=("chess",), zoo=zoo, results=tmp_path)) == 2
     assert "no LoopMDM and twin of chess" in capsys.readouterr().err
-    assert main(Compute(zoo=tmp_path, results=tmp_path)) == 2
+    assert main(Claims(zoo=tmp_path, results=tmp_path)) == 2
 
 
 def test_groups_join_seeds(tmp_path: Path) -> None:
@@ -115,29 +115,29 @@ def test_a_mean_is_drawn_only_where_every_seed_was_measured(measured: dict[str, 
 
 def test_stored_measurements_are_judged_again_without_a_model(zoo: Path, tmp_path: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Compute(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
+    assert main(Claims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
     page, verdict = (tmp_path / "claims.md"), tmp_path / "claims-automaton" / "verdict.json"
     before = page.read_text(), json.loads(verdict.read_text())
     values = json.loads(verdict.read_text())
     values["claims"]["a"]["quantities"][0]["value"] = 99.0
     verdict.write_text(json.dumps(values))
-    again = Compute(stored=True, pictures=False, zoo=tmp_path / "no zoo", results=tmp_path)
+    again = Claims(stored=True, pictures=False, zoo=tmp_path / "no zoo", results=tmp_path)
     assert main(again) == 0
     assert (page.read_text(), json.loads(verdict.read_text())) == before
-    assert main(Compute(stored=True, groups=("chess",), results=tmp_path)) == 2
+    assert main(Claims(stored=True, groups=("chess",), results=tmp_path)) == 2
     assert "no measurements of chess" in capsys.readouterr().err
 
 
 def test_measurements_of_another_version_are_refused_by_name(zoo: Path, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Compute(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
+    assert main(Claims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
     folder = tmp_path / "claims-automaton"
     datasets = read_results(folder).datasets
     (folder / "measurements.nc").unlink()
     for number, (name, data) in enumerate(datasets.items()):
         data.drop_vars("flops_ratio_side", errors="ignore").to_netcdf(
             folder / "measurements.nc", mode="a" if number else "w", group=name, engine="h5netcdf")
-    assert main(Compute(stored=True, pictures=False, results=tmp_path)) == 2
+    assert main(Claims(stored=True, pictures=False, results=tmp_path)) == 2
     said = capsys.readouterr().err
     assert "claims-automaton" in said
     assert "flops_ratio_side" in said
@@ -168,9 +168,9 @@ def test_bundled_intervals_stay_inside_what_their_quantity_can_be() -> None:
 def test_bundled_verdicts_are_what_the_bundled_measurements_say(tmp_path: Path) -> None:
     for folder in RESULTS.glob("claims-*"):
         (tmp_path / folder.name).symlink_to(folder)
-    from studies.claims_judge import judge
+    from studies.questions.claims.judge import judge
 
     for group in read_groups(tmp_path):
         fresh = judge(read_results(tmp_path / f"claims-{group.name}").datasets)
         assert {k: v.to_dict() for k, v in fresh.items()} == {k: v.to_dict() for k, v in group.judgements.items()}, (
-            f"{group.name}: run `python studies/compute.py --stored` again")
+            f"{group.name}: run `python studies/claims.py --stored` again")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from probes.stages import Interval, NotDefined, Spread
-from studies.rerun_operation import SUBJECTS, Operation, Setting, Value
+from studies.questions.stages.operation import SUBJECTS, Operation, Setting, Value
 
 QUESTION = "Do the loops re-run the same stages of inference, or does each loop compute something new?"
 

@@ -1,4 +1,4 @@
-"""The training loop: one model, one seed, a budget of FLOPs, exact resume (the gradient: `training_step`).
+"""The training loop: one model, one seed, a budget of FLOPs, exact resume (the gradient: `step`).
 
 Everything random at step n (examples, noise levels, masks, loop count) comes from a
 generator seeded by (seed, n), so that a run killed at any moment and resumed from its last
@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import NoiseLevels
-from studies.flops import mean_loops, training_flops
-from studies.machine import Precision
 from studies.tasks import Automaton, Task
-from studies.training_draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_masks, loop_weights, rate
-from studies.training_eval import held_out, idle_loops
-from studies.training_step import LossOn, Share, TrainingStep, join
+from studies.training.draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_masks, loop_weights, rate
+from studies.training.evaluation import held_out, idle_loops
+from studies.training.flops import mean_loops, training_flops
+from studies.training.machine import Precision
+from studies.training.step import LossOn, Share, TrainingStep, join
 
 Kind = Literal["loop", "twin", "deep"]
 
@@ -41,7 +41,7 @@ class TrainConfig:
     kind: Kind = "loop"              # loop; twin: unlooped, equal parameters; deep: unlooped, equal per-step compute
     model: dict[str, Any] = field(default_factory=dict)  # LoopMDMConfig fields that differ from the task's defaults
     seed: int = 0
-    budget_flops: float = 3e13       # training FLOPs, counted by studies.flops; equal over a triplet
+    budget_flops: float = 3e13       # training FLOPs, counted by studies.training.flops; equal over a triplet
     batch_size: int = 32
     micro_batches: int = 1           # parts of a batch whose gradients are summed, to fit in memory
     loops_drawn: LoopsDrawn = "uniform"  # S ~ U{1..S_max} (2605.26106); growth: its upper end grows over the first half
@@ -215,7 +215,7 @@ class TrainingRun:
         return model.eval()
 
     def evaluate(self, loss: float) -> dict[str, float]:
-        """Held-out accuracy and bound of the averaged weights (`studies.training_eval.held_out`), and of a looped
+        """Held-out accuracy and bound of the averaged weights (`studies.training.evaluation.held_out`), and of a looped
         model whether its loops are idle, as 0 or 1."""
         row: dict[str, float] = {"step": self.step, "flops": self.flops, "seconds": round(self.seconds, 1),
                                  "lr": self._learning_rate(), "train_loss": loss}

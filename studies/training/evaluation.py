@@ -20,7 +20,7 @@ from torch import Tensor
 from hooks import HookedLoopMDM
 from hooks.model.diffusion import nelbo
 from studies.tasks import Task
-from studies.training_draws import draw_masks
+from studies.training.draws import draw_masks
 
 IDLE = 0.01
 """Nats per free token that loops must gain, over one loop and over the straight line, to count as used."""

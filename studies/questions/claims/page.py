@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from studies.claims_judge import SMALLEST_NAT, SMALLEST_RATIO, SMALLEST_SHARE, Judgement
+from studies.questions.claims.judge import SMALLEST_NAT, SMALLEST_RATIO, SMALLEST_SHARE, Judgement
 
 COLOURS = {"loop": "#0072B2", "deep": "#D55E00", "twin": "#009E73"}
 """Okabe and Ito's colour-blind safe palette, as in the other reports."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooks import LoopMDMConfig
 from hooks.model.diffusion import NoiseLevels, antithetic_t, corrupt, corrupt_exactly, exact_t
-from studies.flops import training_flops
+from studies.training.flops import training_flops
 
 LoopsDrawn = Literal["uniform", "growth", "equal_flops"]
 Masks = Literal["bernoulli", "exact"]
