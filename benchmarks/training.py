@@ -12,7 +12,6 @@ the same precision, on as many threads.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import tempfile
 import time
@@ -24,6 +23,7 @@ import torch
 
 from benchmarks.timing import Estimate, alternate, compare
 from hooks.model.diffusion import antithetic_t, corrupt, nelbo
+from hooks.writing import replacing
 from studies.training.flops import training_flops
 from studies.training.machine import fastest
 from studies.training.presets import PRESETS
@@ -149,10 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
         "only masked positions unembedded. *Plain PyTorch*: float32, eager, every position unembedded. *Matrix rate*: "
         "the best that torch reaches on the products of the model's layers in that precision. *Data*: share of the "
         "recipe's step spent making examples.", table(rates, products)])
-    target = Path(__file__).with_name("training.md")
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, target)
+    with replacing(Path(__file__).with_name("training.md")) as temporary:
+        temporary.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ there is no fixed point; then "converged" is said of the state's direction.
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from probes.geometry import classify_tokens, dynamics, fixed_point
 from probes.measurement import measurement
 from probes.stages import Cycle, head_distances, loop_cycle, pattern_gram
 from studies.checks import at_least
+from studies.folders import without_seed
 from studies.questions.ablations.page import figures, page, report, words
 from studies.questions.claims.measure import loop_counts, looped
 from studies.results import RESULTS, provenance, read_results, write_results
@@ -87,9 +87,9 @@ def find(task: str, zoo: Path) -> dict[str, dict[int, Entry]]:
     found: dict[str, dict[int, Entry]] = {}
     for name in names(zoo):
         card = read_card(zoo / name)
-        match = re.fullmatch(r"ablation-(.+?)(-s\d+)?", str(card.get("variant", "")))
-        if match and card["task"]["name"] == task and card["kind"] == "loop":
-            found.setdefault(match[1], {})[int(card["seed"])] = load(zoo / name)
+        prefix, _, change = without_seed(str(card.get("variant", ""))).partition("-")
+        if prefix == "ablation" and change and card["task"]["name"] == task and card["kind"] == "loop":
+            found.setdefault(change, {})[int(card["seed"])] = load(zoo / name)
     return dict(sorted(found.items(), key=lambda item: item[0] != "base"))
 
 
@@ -212,8 +212,8 @@ def write(args: Ablations, measured: dict[str, Any], curves: xr.Dataset) -> None
     verdict = {**measured, "words": words(measured["ablations"]), "measures": {
         key: {"name": name, "definition": text, "undefined": UNDEFINED.get(key, "")}
         for key, (name, text) in MEASURES.items()}}
-    folder = write_results(args.results / f"ablations-{args.task}", verdict=verdict, datasets={"curves": curves},
-                           html=report(verdict, figures(curves)))
+    folder = write_results(args.results / f"ablations-{args.task}", study="ablations", verdict=verdict,
+                           datasets={"curves": curves}, html=report(verdict, figures(curves)))
     (args.results / "ablations.md").write_text(page(verdict))
     print(page(verdict))
     print(f"Written to {folder}")

@@ -14,7 +14,6 @@ Chromium; `--no-pictures` goes without).
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections import defaultdict
@@ -29,6 +28,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from studies.checks import at_least
+from studies.folders import group_name
 from studies.questions.claims.judge import Judgement, judge
 from studies.questions.claims.measure import Setting, measure
 from studies.questions.claims.page import TITLES, Group, claim_figures, claims_page, group_page
@@ -68,8 +68,7 @@ def find_groups(zoo: Path, *, check: Callable[[Path], Any] | None = None) -> dic
     """
     found: dict[str, dict[int, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
     for entry in load_whole((zoo / name for name in names(zoo)), check=check).values():
-        variant = re.sub(r"(^|-)s\d+$", "", str(entry.card.get("variant", "")))
-        group = "-".join(filter(None, (entry.task.name, variant)))
+        group = group_name(entry.task.name, str(entry.card.get("variant", "")))
         found[group][int(entry.card["seed"])][entry.kind] = entry
     whole = {group: {seed: kinds for seed, kinds in sorted(seeds.items()) if {"loop", "twin"} <= set(kinds)}
              for group, seeds in found.items()}
@@ -120,7 +119,7 @@ def write(group: Group, pooled: dict[str, xr.Dataset], args: Claims, made: dict[
     verdict = {"group": group.name, "task": group.task, "seeds": group.seeds, "entries": group.entries,
                "claims": {letter: judgement.to_dict() for letter, judgement in group.judgements.items()},
                "provenance": made}
-    folder = write_results(args.results / f"claims-{group.name}", verdict=verdict, datasets=pooled,
+    folder = write_results(args.results / f"claims-{group.name}", study="claims", verdict=verdict, datasets=pooled,
                            html=group_page(group, figures))
     if args.pictures:
         for letter, figure in figures.items():

@@ -123,8 +123,8 @@ def main(args: LengthGeneralization) -> int:
     verdict = {"more_rows": list(args.rows), "words": said, "task": task.to_dict(),
                "entries": [entry.name for entry in entries],
                "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
-    folder = write_results(args.results / f"length_generalization-{args.group}", verdict=verdict,
-                           datasets={"curves": data}, html=report(verdict, data))
+    folder = write_results(args.results / f"length_generalization-{args.group}", study="length_generalization",
+                           verdict=verdict, datasets={"curves": data}, html=report(verdict, data))
     if args.pictures:
         figure(data).write_image(folder / "rows.svg")
     print(f"{said}\nWritten to {folder} in {time.monotonic() - began:.0f} s")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import tyro
 
+from studies.folders import seeded
 from studies.training.machine import Precision, fastest
 from studies.training.presets import PRESETS
 from studies.training.run import Kind, train
@@ -86,7 +87,7 @@ def main(args: Pretrain) -> int:
             if not fast.compile:
                 chosen["compile"] = False
             overrides = {key: value for key, value in chosen.items() if value is not None}
-            variant, name = preset.seeded(seed), preset.entry(kind, seed)
+            variant, name = seeded(preset.variant, seed), preset.entry(kind, seed)
             config = preset.train_config(kind, seed, time_budget_s=left, out=str(args.runs / name),
                                          device=args.device, threads=args.threads, **overrides)
             result = train(config)

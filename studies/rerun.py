@@ -92,7 +92,7 @@ def main(args: Rerun) -> int:
     add_seeds(verdict, {variant: ask(args, models)[0] for variant, models in others})
     entries = [entry for models in triplets.values() for entry in models.values()]
     verdict["provenance"] = provenance(args, entries, seconds=time.monotonic() - began)
-    folder = write_results(args.results / f"rerun-{args.task}", verdict=verdict, datasets=datasets,
+    folder = write_results(args.results / f"rerun-{args.task}", study="stages", verdict=verdict, datasets=datasets,
                            html=report(verdict, datasets))
     print(summary_text(verdict))
     print(f"\nWritten to {folder} in {time.monotonic() - began:.0f} s: verdict.json, measurements.nc, report.html")

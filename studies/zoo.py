@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooks import HookedLoopMDM
-from studies.folders import folder
+from hooks.writing import replacing
+from studies.folders import entry_name, folder
 from studies.tasks import Task, load_task
 from studies.training.flops import forward_flops
 from studies.training.run import TrainConfig, TrainResult
@@ -214,16 +213,16 @@ def load_whole(paths: Iterable[Path], *, check: Callable[[Path], Any] | None = N
 
 def triplet(task: str = "automaton", variant: str = "", zoo: str | Path = ZOO) -> dict[str, Entry]:
     """The entries of one task and variant by kind; those that exist and are whole."""
-    folders = {kind: Path(zoo) / "-".join(filter(None, (task, kind, variant))) for kind in KINDS}
+    folders = {kind: Path(zoo) / entry_name(task, kind, variant) for kind in KINDS}
     whole = load_whole(folder for folder in folders.values() if (folder / "card.json").exists())
     return {kind: whole[folder.name] for kind, folder in folders.items() if folder.name in whole}
 
 
 def variants_of(task: str, zoo: str | Path = ZOO) -> list[str]:
     """Variants of which the whole triplet is there, the first seed ("") first."""
-    stem, there = f"{task}-loop", set(names(zoo))
+    stem, there = entry_name(task, "loop"), set(names(zoo))
     found = {name.removeprefix(stem).removeprefix("-") for name in there if name.startswith(stem)}
-    return sorted(v for v in found if {"-".join(filter(None, (task, kind, v))) for kind in KINDS} <= there)
+    return sorted(v for v in found if {entry_name(task, kind, v) for kind in KINDS} <= there)
 
 
 def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: str | Path = ZOO,
@@ -231,19 +230,15 @@ def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: 
     """Write the entry of a finished run; the folder appears whole or not at all."""
     import pandas as pd
 
-    name = "-".join(filter(None, (config.task.name, config.kind, variant)))
-    final, temporary = Path(zoo) / name, Path(zoo) / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    name = entry_name(config.task.name, config.kind, variant)
     card = make_card(config, result, name=name, variant=variant, command=command)
-    copy.deepcopy(result.model).half().cpu().save_pretrained(temporary)
-    (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (temporary / "README.md").write_text(card_text(card))
-    pd.DataFrame(result.metrics).to_parquet(temporary / "metrics.parquet", index=False)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    return final
+    with replacing(Path(zoo) / name) as temporary:
+        temporary.mkdir()
+        copy.deepcopy(result.model).half().cpu().save_pretrained(temporary)
+        (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        (temporary / "README.md").write_text(card_text(card))
+        pd.DataFrame(result.metrics).to_parquet(temporary / "metrics.parquet", index=False)
+    return Path(zoo) / name
 
 
 def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: str, command: str) -> dict[str, Any]:

@@ -32,10 +32,12 @@ BADGES = {"advances": "blue", "does not advance": "orange"}
 
 def main() -> None:
     results = _chosen()
-    views = {"claims": _claims, "ablations": _ablations, "more_rows": _longer}  # by what only their verdicts hold
-    view = next((view for key, view in views.items() if key in results.verdict), _stages)
+    if results.study not in PAGES:
+        st.error(f"The verdict in `{results.path}` does not say of which study it is, as those of another version do "
+                 f"not. Make it again with `{made_by(results.path)}`.", icon=":material/history:")
+        return
     try:
-        view(results)
+        PAGES[results.study](results)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         # what is shown was read from files, which another version, or a hand, may have left incomplete
         st.error(f"The results in `{results.path}` are incomplete or damaged ({type(error).__name__}: {error}). Make "
@@ -187,7 +189,7 @@ def _ablations(results: Results) -> None:
     _provenance(results)
 
 
-def _longer(results: Results) -> None:
+def _length_generalization(results: Results) -> None:
     """How far models get on more rows of an automaton than they were trained on."""
     st.title("Does a model go on beyond the rows of its training?", anchor=False)
     st.markdown(results.verdict["words"])
@@ -250,5 +252,9 @@ def _interval(cell: dict[str, float | None] | None) -> str:
     interval = "" if cell["low"] is None or cell["high"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
     return f"{cell['value']:.3f}{interval}"
 
+
+PAGES = {"stages": _stages, "claims": _claims, "ablations": _ablations,
+         "length_generalization": _length_generalization}
+"""The page of each study."""
 
 main()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from studies.folders import entry_name, seeded
 from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
 from studies.training.flops import mean_loops, training_flops
 from studies.training.machine import fastest
@@ -40,11 +41,7 @@ class Preset:
 
     def entry(self, kind: Kind, seed: int) -> str:
         """Name of a run, and of its zoo folder."""
-        return "-".join(filter(None, (self.task.name, kind, self.seeded(seed))))
-
-    def seeded(self, seed: int) -> str:
-        """The variant of one seed; seed 0 has no mark."""
-        return "-".join(filter(None, (self.variant, f"s{seed}" if seed else "")))
+        return entry_name(self.task.name, kind, seeded(self.variant, seed))
 
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
         """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count.

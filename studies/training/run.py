@@ -11,7 +11,6 @@ same machine with the same number of threads: sums depend on how they are shared
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import NoiseLevels
+from hooks.writing import replacing
 from studies.tasks import Automaton, Task
 from studies.training.draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_masks, loop_weights, rate
 from studies.training.evaluation import held_out, idle_loops
@@ -247,9 +247,8 @@ class TrainingRun:
         state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict(),
                  "step": self.step, "flops": self.flops, "seconds": self.seconds,
                  "metrics": json.dumps(self.metrics), "identity": json.dumps(self.identity(), sort_keys=True)}
-        temporary = self.path / "checkpoint.pt.tmp"
-        torch.save(state, temporary)
-        os.replace(temporary, self.path / "checkpoint.pt")
+        with replacing(self.path / "checkpoint.pt") as temporary:
+            torch.save(state, temporary)
 
     def restore(self) -> None:
         path = self.path / "checkpoint.pt"
@@ -269,6 +268,5 @@ class TrainingRun:
         if not self.share.leads:
             return
         lines = "".join(json.dumps(row) + "\n" for row in self.metrics)  # rows after the checkpoint are run again
-        temporary = self.path / "metrics.jsonl.tmp"
-        temporary.write_text(lines)
-        os.replace(temporary, self.path / "metrics.jsonl")
+        with replacing(self.path / "metrics.jsonl") as temporary:
+            temporary.write_text(lines)
