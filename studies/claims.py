@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,12 @@ import xarray as xr
 from tqdm import tqdm
 
 from studies.checks import at_least
-from studies.folders import group_name
+from studies.questions.claims.figures import figures
 from studies.questions.claims.judge import Judgement, judge
 from studies.questions.claims.measure import Setting, measure
-from studies.questions.claims.page import TITLES, Group, claim_figures, claims_page, group_page
+from studies.questions.claims.page import TITLES, Group, group_page, page
 from studies.results import RESULTS, provenance, read_results, write_results
-from studies.zoo import ZOO, Entry, Problem, load_whole, names, read_json, read_metrics, skipped
+from studies.zoo import ZOO, Entry, Problem, find_groups, read_json, read_metrics, skipped
 
 
 @dataclass(frozen=True)
@@ -59,20 +57,6 @@ class Claims:
 
     def __post_init__(self) -> None:
         at_least(1, examples=self.examples, few=self.few)
-
-
-def find_groups(zoo: Path, *, check: Callable[[Path], Any] | None = None) -> dict[str, dict[int, dict[str, Entry]]]:
-    """group → seed → kind → entry; seeds of which there are a LoopMDM and a twin.
-
-    Entries that are damaged, or whose folder makes ``check`` raise, are left out with a warning each.
-    """
-    found: dict[str, dict[int, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
-    for entry in load_whole((zoo / name for name in names(zoo)), check=check).values():
-        group = group_name(entry.task.name, str(entry.card.get("variant", "")))
-        found[group][int(entry.card["seed"])][entry.kind] = entry
-    whole = {group: {seed: kinds for seed, kinds in sorted(seeds.items()) if {"loop", "twin"} <= set(kinds)}
-             for group, seeds in found.items()}
-    return {group: seeds for group, seeds in sorted(whole.items()) if seeds}
 
 
 def pool(measured: dict[int, dict[str, xr.Dataset]]) -> dict[str, xr.Dataset]:
@@ -115,14 +99,14 @@ def study_again(name: str, args: Claims) -> None:
 
 def write(group: Group, pooled: dict[str, xr.Dataset], args: Claims, made: dict[str, Any]) -> None:
     """The folder of one judged group."""
-    figures = claim_figures(pooled)
+    drawn = figures(pooled)
     verdict = {"group": group.name, "task": group.task, "seeds": group.seeds, "entries": group.entries,
                "claims": {letter: judgement.to_dict() for letter, judgement in group.judgements.items()},
                "provenance": made}
     folder = write_results(args.results / f"claims-{group.name}", study="claims", verdict=verdict, datasets=pooled,
-                           html=group_page(group, figures))
+                           html=group_page(group, drawn))
     if args.pictures:
-        for letter, figure in figures.items():
+        for letter, figure in drawn.items():
             figure.write_image(folder / f"{letter}.svg")
 
 
@@ -182,8 +166,8 @@ def main(args: Claims) -> int:
 def conclude(args: Claims) -> int:
     """Write the page of all groups, and say what was found."""
     groups = read_groups(args.results)
-    page = claims_page(groups, command="python studies/claims.py", pictures=args.pictures)
-    (args.results / "claims.md").write_text(page)
+    text = page(groups, command="python studies/claims.py", pictures=args.pictures)
+    (args.results / "claims.md").write_text(text)
     for group in groups:
         for letter, judgement in group.judgements.items():
             first = judgement.quantities[0].text if judgement.quantities else judgement.missing

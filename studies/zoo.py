@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 
 from hooks import HookedLoopMDM
 from hooks.writing import replacing
-from studies.folders import entry_name, folder
+from studies.folders import entry_name, folder, group_name
 from studies.tasks import Task, load_task
 from studies.training.flops import forward_flops
 from studies.training.run import TrainConfig, TrainResult
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 ZOO = folder("zoo")
 KINDS = {"loop": "LoopMDM", "twin": "unlooped twin (equal parameters)",
          "deep": "unlooped deep twin (equal per-step compute)"}
+SHORT_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin", "deep": "deep twin"}
+"""What figures and tables call the kinds."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,21 @@ def triplet(task: str = "automaton", variant: str = "", zoo: str | Path = ZOO) -
     folders = {kind: Path(zoo) / entry_name(task, kind, variant) for kind in KINDS}
     whole = load_whole(folder for folder in folders.values() if (folder / "card.json").exists())
     return {kind: whole[folder.name] for kind, folder in folders.items() if folder.name in whole}
+
+
+def find_groups(zoo: str | Path = ZOO, *,
+                check: Callable[[Path], Any] | None = None) -> dict[str, dict[int, dict[str, Entry]]]:
+    """group → seed → kind → entry; seeds of which there are a LoopMDM and a twin.
+
+    Entries that are damaged, or whose folder makes ``check`` raise, are left out with a warning each.
+    """
+    found: dict[str, dict[int, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
+    for entry in load_whole((Path(zoo) / name for name in names(zoo)), check=check).values():
+        group = group_name(entry.task.name, str(entry.card.get("variant", "")))
+        found[group][int(entry.card["seed"])][entry.kind] = entry
+    whole = {group: {seed: kinds for seed, kinds in sorted(seeds.items()) if {"loop", "twin"} <= set(kinds)}
+             for group, seeds in found.items()}
+    return {group: seeds for group, seeds in sorted(whole.items()) if seeds}
 
 
 def variants_of(task: str, zoo: str | Path = ZOO) -> list[str]:

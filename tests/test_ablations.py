@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from studies.ablations import MEASURES, Ablations, attention_change, find, main, measure
-from studies.questions.ablations.page import page, words
+from studies.ablations import Ablations, find, main
+from studies.questions.ablations.judge import words
+from studies.questions.ablations.measure import MEASURES, attention_change, measure
+from studies.questions.ablations.page import page
 from studies.results import RESULTS
 from studies.zoo import load
 from tests.small import uniform_attention

@@ -10,12 +10,12 @@ import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
-from studies.claims import Claims, find_groups, main, pool, read_groups
+from studies.claims import Claims, main, pool, read_groups
+from studies.questions.claims.figures import figures as claim_figures
 from studies.questions.claims.judge import Judgement
 from studies.questions.claims.measure import Setting, measure
-from studies.questions.claims.page import claim_figures
 from studies.results import RESULTS, read_results
-from studies.zoo import triplet
+from studies.zoo import find_groups, triplet
 from tests.small_zoo import make_zoo, with_curves
 
 

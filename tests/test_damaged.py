@@ -15,9 +15,9 @@ from streamlit.testing.v1 import AppTest
 
 from app import data
 from app.show import MOST_PROBLEMS
-from studies.claims import Claims, find_groups, main, read_groups
+from studies.claims import Claims, main, read_groups
 from studies.results import RESULTS, list_results, read_results
-from studies.zoo import REQUIRED, listing, load, names, read_metrics, triplet, variants_of
+from studies.zoo import REQUIRED, find_groups, listing, load, names, read_metrics, triplet, variants_of
 from tests.small_zoo import make_zoo, with_curves
 
 ROOT = Path(__file__).resolve().parents[1]

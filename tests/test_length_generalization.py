@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from studies.length_generalization import LengthGeneralization, lengthened, main, measure
-from studies.questions.length_generalization.page import best_loops, table
+from studies.length_generalization import LengthGeneralization, main
+from studies.questions.length_generalization.judge import best_loops
+from studies.questions.length_generalization.measure import lengthened, measure_entry
+from studies.questions.length_generalization.page import table
 from studies.results import read_results
 from studies.zoo import Entry, load
 from tests.small_zoo import TASK, make_zoo
@@ -45,7 +47,7 @@ def test_learned_positions_end(zoo: Path) -> None:
 @pytest.mark.parametrize("rows", [4, 6])
 def test_rows_against_a_slow_count(zoo: Path, rows: int) -> None:
     entry = load(zoo / "automaton-loop")
-    by_row, exact = measure(entry, rows, 2, examples=9, seed=1)
+    by_row, exact = measure_entry(entry, rows, 2, examples=9, seed=1)
     task = replace(TASK, rows=rows)
     batch = task.sample(9, seed=1, split="test")
     model = lengthened(entry, task.seq_len)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from studies import recipe
-from studies.questions.recipe.page import Difference, differences, page
-from studies.recipe import CHANGES, Recipe, configure, main
+from studies.questions.recipe.judge import Difference, differences
+from studies.questions.recipe.measure import CHANGES, configure
+from studies.questions.recipe.page import page
+from studies.recipe import Recipe, main
 from studies.tasks import Automaton
 from studies.training.presets import PRESETS
 

@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from app.figures.style import AMOUNT, BLUE, GREEN, ORANGE, RULE, colourbar, region_ticks, styled
+from app.figures.style import colourbar, region_ticks, styled
+from studies.palette import AMOUNT, BLUE, CURRENT, GREEN, ORANGE, RULE
 
 Trace = Sequence[Mapping[str, np.ndarray]]
 
@@ -32,7 +33,7 @@ def step_costs(trace: Trace, progress: Mapping[str, Float[np.ndarray, "step"]], 
                                     line={"color": colour, "width": width}, hovertemplate=f"step %{{x}}: {name} "
                                                                                           f"%{{y:.1%}}<extra></extra>"),
                                                                                           row=2, col=1)
-    figure.add_vrect(x0=current - 0.5, x1=current + 0.5, fillcolor="#E6EDF5", layer="below", line_width=0)
+    figure.add_vrect(x0=current - 0.5, x1=current + 0.5, fillcolor=CURRENT, layer="below", line_width=0)
     styled(figure, height=380)
     figure.update_xaxes(title_text="denoising step", row=2, col=1)
     figure.update_xaxes(tickvals=list(steps) if len(steps) <= 24 else None, range=[-0.6, len(steps) - 0.4],

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.figures.style import CATEGORIES, styled
+from app.figures.style import styled
+from studies.palette import CATEGORIES
 
 AXES = {"nelbo": "held-out NELBO [nat per free token]", "exact": "examples right at S_max, all masked",
         "cells": "free positions right at S_max, all masked", "train_loss": "training loss [nat per free token]"}

@@ -18,9 +18,11 @@ from app import data, show
 from app.figures.style import styled
 from app.figures.verdict import evidence
 from studies.questions.ablations import page as ablations_page
+from studies.questions.ablations.figures import figures as ablations_figures
 from studies.questions.claims.judge import Judgement
 from studies.questions.claims.page import HOW_JUDGED
 from studies.questions.length_generalization import page as length_page
+from studies.questions.length_generalization.figures import figure as length_figure
 from studies.questions.stages import page as stages_page
 from studies.questions.stages.judge import cell_text, notes
 from studies.results import Results, made_by
@@ -183,7 +185,7 @@ def _ablations(results: Results) -> None:
         st.caption(note)
     with st.expander("Definitions", icon=":material/menu_book:"):
         st.markdown("\n".join(f"- **{m['name']}**: {m['definition']}" for m in verdict["measures"].values()))
-    for number, (title, (what, drawn)) in enumerate(ablations_page.figures(results.datasets["curves"]).items()):
+    for number, (title, (what, drawn)) in enumerate(ablations_figures(results.datasets["curves"]).items()):
         show.figure(styled(drawn, height=460), what, name=f"ablations-{number}", title=title,
                     table=partial(_every_number, results))
     _provenance(results)
@@ -194,7 +196,7 @@ def _length_generalization(results: Results) -> None:
     st.title("Does a model go on beyond the rows of its training?", anchor=False)
     st.markdown(results.verdict["words"])
     st.dataframe(length_page.table(results.datasets["curves"]), hide_index=True)
-    drawn = styled(length_page.figure(results.datasets["curves"]), height=460)
+    drawn = styled(length_figure(results.datasets["curves"]), height=460)
     drawn.update_layout(margin={"t": 84}, legend={"y": 1, "yref": "container", "yanchor": "top"})
     show.figure(drawn, length_page.WHAT,
                 name="longer", title="Cells right by row", table=partial(_every_number, results))

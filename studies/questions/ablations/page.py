@@ -1,7 +1,7 @@
-"""The ablation study as words, table, figures and a page: pure functions of what was measured.
+"""The ablation study as table and pages: pure functions of what was measured.
 
     text = page(verdict)                                 # results/ablations.md
-    drawn = figures(curves)                              # {title: (what am I looking at, figure)}
+    html = report(verdict, figures(curves))              # results/ablations-<task>/report.html
 """
 
 from __future__ import annotations
@@ -11,100 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
-import xarray as xr
 
-CHANGES = {
-    "base": "layers 1 and 2 of six looped, S ≤ 8", "one": "one looped layer", "four": "four looped layers",
-    "first": "layers 0 and 1 looped", "middle": "layers 2 and 3 looped", "last": "layers 4 and 5 looped",
-    "all": "all six layers looped", "injection": "input injected at each loop", "layernorm": "LayerNorm for RMSNorm",
-    "no-qk-norm": "queries and keys not normalised", "loop-embedding": "a learned vector per loop",
-    "smax4": "S ≤ 4 in training", "smax16": "S ≤ 16 in training"}
-"""What each change is, in words."""
-
-ASKED = {"black": ("base",), "#0072B2": ("one", "four"), "#D55E00": ("first", "middle", "last", "all"),
-         "#009E73": ("injection",), "#E69F00": ("layernorm", "no-qk-norm"), "#CC79A7": ("loop-embedding",),
-         "#56B4E9": ("smax4", "smax16")}
-"""What is asked of the changes, by colour (Okabe and Ito's): how many layers, which, injection, norms, embedding,
-S_max."""
-
-DASHES = ("solid", "dash", "dot", "dashdot")
+from studies.questions.ablations.judge import CHANGES, defined_values
 
 SHARES = {"exact", "exact_more", "cells_once", "converged", "cyclic"}
 
 TITLE = "What decides whether the state's direction settles"
-
-SMALLEST = 0.05
-"""A change is told if it leaves the range of the base's seeds by at least this share."""
-GROWS = 1.1
-"""From this growth of its norm between loops 8 and 32 on, a state is said to grow."""
-
-
-def words(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What changes move by at least `SMALLEST` beyond the range of the base's seeds, and whether states grow."""
-    base = next(row for row in table if row["change"] == "base")["values"]
-    sentences = []
-    for key, noun in (("converged", "the share of states whose direction settles"),
-                      ("exact", "the share of examples right at S_max")):
-        seeds = _finite(base[key])
-        if not len(seeds):
-            continue
-        low, high = round(float(seeds.min()), 2), round(float(seeds.max()), 2)   # as printed
-        outside = [(row["change"], round(float(_finite(row["values"][key]).mean()), 2)) for row in table
-                   if row["change"] != "base" and len(_finite(row["values"][key]))]
-        above = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if round(v - high, 2) >= SMALLEST]
-        below = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if round(low - v, 2) >= SMALLEST]
-        spread = f"{low:.2f}" if len(seeds) == 1 else f"{low:.2f} to {high:.2f} over {len(seeds)} seeds"
-        sentences.append(f"In the base {noun} is {spread}. Higher than that by at least {SMALLEST:g}: "
-                         f"{', '.join(above) or 'none'}; lower by as much: {', '.join(below) or 'none'}.")
-    return sentences + _on_growth(table)
-
-
-def _on_growth(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Do states come to rest at all? Their norms say."""
-    growth = [float(seen.mean()) for row in table if len(seen := _finite(row["values"]["norm_growth"]))]
-    if not growth:
-        return []
-    growing = sum(factor >= GROWS for factor in growth)
-    sentence = (f"From loop 8 to loop 32 the norm of the state grows by a factor of {min(growth):.1f} to "
-                f"{max(growth):.1f}")
-    if growing == len(growth):
-        return [f"{sentence} in all {growing} variants: no state comes to rest, and only its direction can settle."]
-    return [f"{sentence}, by {GROWS:g} or more in {growing} of {len(growth)} variants; there no state comes to rest, "
-            "and only its direction can settle."]
-
-
-def figures(curves: xr.Dataset) -> dict[str, tuple[str, go.Figure]]:
-    """Accuracy over S, and over loops how far the state's direction is from its last one and turns; a line per change.
-    """
-    style = {change: (colour, dash) for colour, changes in ASKED.items()
-             for change, dash in zip(changes, DASHES, strict=False)}
-    drawn = {}
-    for name, title, what, x_title, y_title, log in (
-            ("cells", "Accuracy over loops", "Each line is one change; the base is black, a colour is one question.",
-             "loops S in one forward", "share of free cells right", False),
-            ("distance", "Distance of the direction from its last one", "States scaled to norm 1; X* is the state "
-             "after 128 loops. The norm is not seen here, and may grow all the while.", "loop",
-             "‖X_k − X*‖, states of norm 1", True),
-            ("step", "Step size", "How far the direction of the state still turns in a loop.", "loop",
-             "‖X_k − X_(k−1)‖, states of norm 1", True)):
-        figure = go.Figure()
-        known = [change for change in style if change in curves.change]
-        for change in [*known, *(other for other in curves.change.values.tolist() if other not in style)]:
-            colour, dash = style.get(change, ("grey", "solid"))
-            line = curves[name].sel(change=change).dropna(curves[name].dims[-1])
-            figure.add_scatter(x=line[line.dims[0]].values, y=line.values, name=change,
-                               mode="lines+markers" if name == "cells" else "lines",
-                               line={"color": colour, "dash": dash, "width": 3 if change == "base" else 1.8})
-        figure.update_layout(template="plotly_white", width=860, height=440,
-                             margin={"l": 70, "r": 20, "t": 30, "b": 60})
-        figure.update_xaxes(title_text=x_title, type="log" if name == "cells" else None,
-                            **({"tickvals": [1, 2, 4, 8, 16, 32, 64]} if name == "cells" else {}))
-        figure.update_yaxes(title_text=y_title, type="log" if log else None, exponentformat="power")
-        drawn[title] = what, figure
-    return drawn
-
 
 def rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table: a row per change, a column per measure, mean over seeds (and range where there are several)."""
@@ -118,7 +31,7 @@ def notes(verdict: Mapping[str, Any]) -> list[str]:
     """Why numbers of the table are not defined, a sentence per measure."""
     told = []
     for key, measure in verdict["measures"].items():
-        gaps = [row["change"] for row in verdict["ablations"] if not len(_finite(row["values"][key]))]
+        gaps = [row["change"] for row in verdict["ablations"] if not len(defined_values(row["values"][key]))]
         if gaps:
             told.append(f"{measure['name'][:1].upper()}{measure['name'][1:]} ({', '.join(gaps)}): not defined because "
                         f"{measure['undefined']}.")
@@ -163,13 +76,8 @@ def report(verdict: Mapping[str, Any], drawn: Mapping[str, tuple[str, go.Figure]
             f"<body>{''.join(parts)}</body>")
 
 
-def _finite(values: Sequence[float | None]) -> np.ndarray:
-    """The values that are defined; None stands for one that is not, as in JSON."""
-    return np.array([value for value in values if value is not None])
-
-
 def _cell(key: str, values: Sequence[float | None]) -> str:
-    seen = _finite(values)
+    seen = defined_values(values)
     if not len(seen):
         return "not defined"
 

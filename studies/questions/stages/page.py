@@ -15,11 +15,10 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
+from studies.palette import AMOUNT, AROUND_ZERO, DISTANCE, KIND_COLOURS, NEUTRAL, laid_out
 from studies.questions.stages.judge import cell_text, notes
 from studies.questions.stages.operation import SUBJECTS
 
-COLOURS = {"loop": "#0072B2", "control": "#D55E00", "deep": "#D55E00", "twin": "#009E73", "untrained": "#7F7F7F"}
-"""Okabe and Ito's colour-blind safe palette, one colour per subject everywhere."""
 KIND_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin, mid repeated S times",
               "deep": "deep twin, mid repeated S times"}
 
@@ -31,14 +30,14 @@ def accuracy_figure(data: xr.Dataset, s_max: int, trained: Mapping[str, float]) 
         y = data.accuracy.sel(kind=kind)
         style = {} if kind == "loop" else {"dash": "dot"}
         figure.add_scatter(x=data.n_loops, y=y, name=KIND_NAMES[str(kind)], mode="lines+markers",
-                           line={"color": COLOURS[str(kind)], **style})
+                           line={"color": KIND_COLOURS[str(kind)], **style})
     for kind, value in trained.items():
-        figure.add_hline(y=value, line={"color": COLOURS[kind], "width": 1},
+        figure.add_hline(y=value, line={"color": KIND_COLOURS[kind], "width": 1},
                          annotation_text=f"{'twin' if kind == 'twin' else 'deep twin'} as trained",
-                         annotation_font_color=COLOURS[kind])
-    figure.add_vline(x=s_max, line={"color": "grey", "dash": "dash"}, annotation_text="S_max in training",
+                         annotation_font_color=KIND_COLOURS[kind])
+    figure.add_vline(x=s_max, line={"color": NEUTRAL, "dash": "dash"}, annotation_text="S_max in training",
                      annotation_position="bottom right")
-    return _laid_out(figure, "loops S in one forward", "share of free cells right", y_range=[0.45, 1.02])
+    return laid_out(figure, "loops S in one forward", "share of free cells right", y_range=[0.45, 1.02])
 
 
 def region_figure(array: xr.DataArray, region: str, *, loop_axis: str) -> go.Figure:
@@ -46,10 +45,10 @@ def region_figure(array: xr.DataArray, region: str, *, loop_axis: str) -> go.Fig
     shown = array.dropna("region")
     figure = go.Figure(go.Heatmap(
         z=shown.transpose("region", loop_axis).values, x=[f"{int(k) + 1}" for k in shown[loop_axis].values],
-        y=[f"{region} {int(r)}" for r in shown.region.values], zmin=0.5, zmax=1, colorscale="Viridis",
+        y=[f"{region} {int(r)}" for r in shown.region.values], zmin=0.5, zmax=1, colorscale=AMOUNT,
         colorbar={"title": "accuracy"}, texttemplate="%{z:.2f}", textfont={"size": 11}))
     figure.update_yaxes(autorange="reversed")
-    return _laid_out(figure, "after this many loops", region)
+    return laid_out(figure, "after this many loops", region)
 
 
 def pattern_distance_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Figure:
@@ -64,10 +63,10 @@ def pattern_distance_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Fi
         labels = [str(matrix[matrix.dims[0]].values[i]) for i in order]
         figure.update_xaxes(tickangle=90, row=1, col=column)
         figure.add_trace(go.Heatmap(z=matrix.values[np.ix_(order, order)], x=labels, y=labels, zmin=0, zmax=1,
-                                    colorscale="Cividis", coloraxis="coloraxis"), row=1, col=column)
+                                    colorscale=DISTANCE, coloraxis="coloraxis"), row=1, col=column)
         figure.update_yaxes(autorange="reversed", row=1, col=column)
-    figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": 1, "colorbar": {"title": "distance"}})
-    return _laid_out(figure, "", "", height=420)
+    figure.update_layout(coloraxis={"colorscale": DISTANCE, "cmin": 0, "cmax": 1, "colorbar": {"title": "distance"}})
+    return laid_out(figure, "", "", height=420)
 
 
 def interval_figure(table: list[dict[str, Any]], keys: list[str], names: Mapping[str, str]) -> go.Figure:
@@ -81,13 +80,13 @@ def interval_figure(table: list[dict[str, Any]], keys: list[str], names: Mapping
         values = [row[subject]["value"] for row in shown]
         figure.add_scatter(
             x=values, y=[rows.index(row) + 0.18 * (offset - 1) for row in shown], mode="markers", name=name,
-            marker={"color": COLOURS[subject], "size": 9},
+            marker={"color": KIND_COLOURS[subject], "size": 9},
             error_x={"type": "data", "symmetric": False,
                      "array": [row[subject]["high"] - row[subject]["value"] for row in shown],
                      "arrayminus": [row[subject]["value"] - row[subject]["low"] for row in shown]})
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[row["measure"] for row in rows],
                         autorange="reversed")
-    return _laid_out(figure, "value (pure number), with 95% interval over examples; untrained: range over models", "",
+    return laid_out(figure, "value (pure number), with 95% interval over examples; untrained: range over models", "",
                      height=120 + 60 * len(rows))
 
 
@@ -98,8 +97,8 @@ def frozen_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Figure:
         subject = str(name).removeprefix("accuracy_")
         loops = [f"{int(k) + 1}" for k in curve[curve.dims[0]].values[:-1]] + ["never"]
         figure.add_scatter(x=loops, y=curve.values, name=names[subject], mode="lines+markers",
-                           line={"color": COLOURS[subject]})
-    return _laid_out(figure, "attention patterns frozen after (pseudo-)loop", "share of free cells right")
+                           line={"color": KIND_COLOURS[subject]})
+    return laid_out(figure, "attention patterns frozen after (pseudo-)loop", "share of free cells right")
 
 
 def profile_figure(data: xr.Dataset) -> go.Figure:
@@ -111,19 +110,9 @@ def profile_figure(data: xr.Dataset) -> go.Figure:
         scaled = (values - values.mean(0)) / np.where(values.std(0) > 1e-12, values.std(0), 1)
         figure.add_trace(go.Heatmap(z=scaled.T, x=data.layer.values, y=data.feature.values, coloraxis="coloraxis"),
                          row=1, col=column)
-    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmid": 0, "cmin": -1.8, "cmax": 1.8,
+    figure.update_layout(coloraxis={"colorscale": AROUND_ZERO, "cmid": 0, "cmin": -1.8, "cmax": 1.8,
                                     "colorbar": {"title": "z over layers"}})
-    return _laid_out(figure, "layer", "", height=420)
-
-
-def _laid_out(figure: go.Figure, x: str, y: str, *, y_range: list[float] | None = None, height: int = 380) -> go.Figure:
-    figure.update_layout(template="plotly_white", height=height, margin={"l": 70, "r": 30, "t": 50, "b": 60},
-                         legend={"orientation": "h", "y": 1.12, "x": 0})
-    if x:
-        figure.update_xaxes(title_text=x)
-    if y:
-        figure.update_yaxes(title_text=y, range=y_range)
-    return figure
+    return laid_out(figure, "layer", "", height=420)
 
 
 def figures(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> list[tuple[str, str, go.Figure]]:
