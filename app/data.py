@@ -142,7 +142,7 @@ def checkpoints() -> dict[str, Checkpoint]:
     return dict(sorted(found.items(), key=lambda item: (kinds.index(cards[item[0]]["kind"]), item[0])))
 
 
-def describe(checkpoint: Checkpoint) -> str:
+def model_in_words(checkpoint: Checkpoint) -> str:
     """One line about a model: its kind, size and layers."""
     card = _card(checkpoint)
     top = card["topology"]

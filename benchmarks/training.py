@@ -28,7 +28,7 @@ from studies.training.flops import training_flops
 from studies.training.machine import fastest
 from studies.training.presets import PRESETS
 from studies.training.run import TrainConfig, TrainingRun
-from studies.training.step import Share
+from studies.training.step import World
 
 SIZES = ("automaton", "sudoku6", "pointer", "text")
 N_LOOPS = 4
@@ -93,9 +93,9 @@ def measure(preset: str, *, rounds: int) -> Rate:
     """Time the preset's LoopMDM."""
     with tempfile.TemporaryDirectory() as folder:
         recipe: TrainConfig = PRESETS[preset].train_config("loop", 0, out=folder)
-        fast = fixed_loops(TrainingRun(recipe, Share()))
+        fast = fixed_loops(TrainingRun(recipe, World()))
         plain = fixed_loops(TrainingRun(PRESETS[preset].train_config("loop", 0, out=folder, precision="fp32",
-                                                                     compile=False), Share()))
+                                                                     compile=False), World()))
         times = alternate({"recipe": fast.step_once, "plain": plain_step(plain)}, rounds=rounds)
     positions = recipe.batch_size * recipe.task.seq_len
     flops = recipe.batch_size * training_flops(fast.model.config, seq_len=recipe.task.seq_len, n_loops=N_LOOPS)

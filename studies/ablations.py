@@ -28,7 +28,7 @@ from tqdm import tqdm
 from studies.checks import at_least
 from studies.folders import without_seed
 from studies.questions.ablations.figures import figures
-from studies.questions.ablations.judge import words
+from studies.questions.ablations.judge import judge
 from studies.questions.ablations.measure import MEASURES, SETTLED, UNDEFINED, measure
 from studies.questions.ablations.page import page, report
 from studies.results import RESULTS, provenance, read_results, write_results
@@ -56,7 +56,7 @@ class Ablations:
         at_least(1, examples=self.examples)
 
 
-def find(task: str, zoo: Path) -> dict[str, dict[int, Entry]]:
+def find_ablations(task: str, zoo: Path) -> dict[str, dict[int, Entry]]:
     """change → seed → entry, the base first."""
     found: dict[str, dict[int, Entry]] = {}
     for name in names(zoo):
@@ -72,7 +72,7 @@ def main(args: Ablations) -> int:
     if args.render:
         return render(args)
     began = time.monotonic()
-    found = find(args.task, args.zoo)
+    found = find_ablations(args.task, args.zoo)
     if "base" not in found or len(found) < 2:
         print(f"{args.zoo} holds no base and change called {args.task}-loop-ablation-*: train them with "
               "`python studies/pretrain.py --preset ablation-base` and the other ablation presets.", file=sys.stderr)
@@ -95,7 +95,7 @@ def main(args: Ablations) -> int:
     verdict = {"task": args.task, "setting": {"examples": args.examples, "task": entries[0].task.to_dict(),
                                               "settled": SETTLED},
                "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
-    write(args, {**verdict, "ablations": table}, joined)
+    write_pages(args, {**verdict, "ablations": table}, joined)
     return 0
 
 
@@ -111,14 +111,14 @@ def render(args: Ablations) -> int:
         print(f"{results.path} lacks the measures {', '.join(missing)}: measure again, without --render.",
               file=sys.stderr)
         return 2
-    write(args, {**results.verdict, "ablations": [
+    write_pages(args, {**results.verdict, "ablations": [
         {**row, "values": {key: row["values"][key] for key in MEASURES}} for row in table]}, results.datasets["curves"])
     return 0
 
 
-def write(args: Ablations, measured: dict[str, Any], curves: xr.Dataset) -> None:
+def write_pages(args: Ablations, measured: dict[str, Any], curves: xr.Dataset) -> None:
     """The results folder and ablations.md, in the words of today, from what was measured."""
-    verdict = {**measured, "words": words(measured["ablations"]), "measures": {
+    verdict = {**measured, "words": judge(measured["ablations"]), "measures": {
         key: {"name": name, "definition": text, "undefined": UNDEFINED.get(key, "")}
         for key, (name, text) in MEASURES.items()}}
     folder = write_results(args.results / f"ablations-{args.task}", study="ablations", verdict=verdict,

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from studies.checks import at_least
 from studies.questions.claims.figures import figures
 from studies.questions.claims.judge import Judgement, judge
-from studies.questions.claims.measure import Setting, measure
+from studies.questions.claims.measure import SampleSizes, measure
 from studies.questions.claims.page import TITLES, Group, group_page, page
 from studies.results import RESULTS, provenance, read_results, write_results
 from studies.zoo import ZOO, Entry, Problem, find_groups, read_json, read_metrics, skipped
@@ -70,7 +70,7 @@ def pool(measured: dict[int, dict[str, xr.Dataset]]) -> dict[str, xr.Dataset]:
 def study(name: str, seeds: dict[int, dict[str, Entry]], args: Claims) -> None:
     """Measure and judge one group, and write its folder."""
     began = time.monotonic()
-    setting = Setting(examples=args.examples, few=args.few, seed=args.seed)
+    sizes = SampleSizes(examples=args.examples, few=args.few, seed=args.seed)
     bar = tqdm(total=6 * len(seeds), desc=name, disable=None)
 
     def progress(part: str) -> None:
@@ -78,11 +78,11 @@ def study(name: str, seeds: dict[int, dict[str, Entry]], args: Claims) -> None:
         bar.update()
 
     torch.manual_seed(args.seed)
-    pooled = pool({seed: measure(models, setting, progress) for seed, models in seeds.items()})
+    pooled = pool({seed: measure(models, sizes, progress) for seed, models in seeds.items()})
     bar.close()
     entries = [entry for models in seeds.values() for entry in models.values()]
-    group = Group(name, describe(entries[0]), list(seeds), [entry.name for entry in entries], judge(pooled))
-    write(group, pooled, args, provenance(args, entries, seconds=time.monotonic() - began))
+    group = Group(name, task_in_words(entries[0]), list(seeds), [entry.name for entry in entries], judge(pooled))
+    write_group(group, pooled, args, provenance(args, entries, seconds=time.monotonic() - began))
 
 
 def study_again(name: str, args: Claims) -> None:
@@ -91,13 +91,13 @@ def study_again(name: str, args: Claims) -> None:
     saved, pooled = results.verdict, results.datasets
     try:
         group = Group(saved["group"], saved["task"], saved["seeds"], saved["entries"], judge(pooled))
-        write(group, pooled, args, saved["provenance"])
+        write_group(group, pooled, args, saved["provenance"])
     except (KeyError, AttributeError) as error:
         raise ValueError(f"{results.path} lacks {error}: it was measured by another version. Measure it again with "
                          f"`python studies/claims.py --groups {name}`.") from error
 
 
-def write(group: Group, pooled: dict[str, xr.Dataset], args: Claims, made: dict[str, Any]) -> None:
+def write_group(group: Group, pooled: dict[str, xr.Dataset], args: Claims, made: dict[str, Any]) -> None:
     """The folder of one judged group."""
     drawn = figures(pooled)
     verdict = {"group": group.name, "task": group.task, "seeds": group.seeds, "entries": group.entries,
@@ -110,7 +110,7 @@ def write(group: Group, pooled: dict[str, xr.Dataset], args: Claims, made: dict[
             figure.write_image(folder / f"{letter}.svg")
 
 
-def describe(entry: Entry) -> str:
+def task_in_words(entry: Entry) -> str:
     """The task and its difficulty, in words."""
     difficulty = ", ".join(f"{key} {value}" for key, value in entry.card["task"].items() if key != "name")
     return f"{entry.task.name} ({difficulty})"

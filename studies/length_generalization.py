@@ -18,10 +18,10 @@ from pathlib import Path
 import tyro
 
 from studies.checks import at_least
-from studies.questions.length_generalization.figures import figure
-from studies.questions.length_generalization.judge import words
+from studies.questions.length_generalization.figures import rows_figure
+from studies.questions.length_generalization.judge import judge
 from studies.questions.length_generalization.measure import measure
-from studies.questions.length_generalization.page import report
+from studies.questions.length_generalization.page import page
 from studies.results import RESULTS, provenance, write_results
 from studies.tasks import Automaton
 from studies.zoo import ZOO, find_groups
@@ -67,14 +67,14 @@ def main(args: LengthGeneralization) -> int:
     task = entries[0].task
     assert isinstance(task, Automaton)
     data = measure(seeds, rows=args.rows, loops=args.loops, examples=args.examples, seed=args.seed)
-    said = words(data, task.rows)
+    said = judge(data, task.rows)
     verdict = {"more_rows": list(args.rows), "words": said, "task": task.to_dict(),
                "entries": [entry.name for entry in entries],
                "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
     folder = write_results(args.results / f"length_generalization-{args.group}", study="length_generalization",
-                           verdict=verdict, datasets={"curves": data}, html=report(verdict, data))
+                           verdict=verdict, datasets={"curves": data}, html=page(verdict, data))
     if args.pictures:
-        figure(data).write_image(folder / "rows.svg")
+        rows_figure(data).write_image(folder / "rows.svg")
     print(f"{said}\nWritten to {folder} in {time.monotonic() - began:.0f} s")
     return 0
 

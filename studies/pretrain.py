@@ -56,7 +56,7 @@ class Pretrain:
     """List tasks and presets, and stop."""
 
 
-def listing() -> str:
+def list_presets() -> str:
     """A line per preset: its name, task, steps, and time on one CPU core."""
     return "\n".join(f"    {name:24} {preset.task}, {preset.steps} steps, {preset.time}"
                      for name, preset in PRESETS.items())
@@ -67,14 +67,14 @@ def main(args: Pretrain) -> int:
     import time
 
     if args.list:
-        print(listing())
+        print(list_presets())
         return 0
     if args.preset not in PRESETS:
         print(f"no preset is called {args.preset!r}; there are {', '.join(PRESETS)}.", file=sys.stderr)
         return 2
     preset = PRESETS[args.preset]
     fast = fastest(args.device, precision=args.precision, compile=args.compile)
-    if join().leads:
+    if join().is_main:
         for note in fast.notes:
             print(note, flush=True)
     deadline = None if args.time_budget_min is None else time.monotonic() + 60 * args.time_budget_min
@@ -102,4 +102,4 @@ def main(args: Pretrain) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Pretrain, description=f"{__doc__}\nTasks and presets:\n\n{listing()}")))
+    sys.exit(main(tyro.cli(Pretrain, description=f"{__doc__}\nTasks and presets:\n\n{list_presets()}")))

@@ -31,7 +31,7 @@ from studies.checks import at_least, noise_level
 from studies.questions.stages import content as content_half
 from studies.questions.stages import operation as operation_half
 from studies.questions.stages.judge import add_seeds, judge, summary_text
-from studies.questions.stages.page import report
+from studies.questions.stages.page import page
 from studies.results import RESULTS, provenance, write_results
 from studies.zoo import ZOO, Entry, triplet, variants_of
 
@@ -68,8 +68,8 @@ def ask(args: Rerun, models: dict[str, Entry]) -> tuple[dict[str, Any], dict[str
     """The whole study of one triplet: verdict and measurements."""
     setting = operation_half.Setting.draw(models, n_examples=args.examples, t=args.t, seed=args.seed,
                                            n_untrained=args.untrained, n_loops=args.loops)
-    operation = operation_half.measure(setting)
-    content = content_half.measure(setting)
+    operation = operation_half.measure_operation(setting)
+    content = content_half.measure_content(setting)
     return judge(setting, operation, content), {**operation.datasets, **content.datasets}
 
 
@@ -93,7 +93,7 @@ def main(args: Rerun) -> int:
     entries = [entry for models in triplets.values() for entry in models.values()]
     verdict["provenance"] = provenance(args, entries, seconds=time.monotonic() - began)
     folder = write_results(args.results / f"rerun-{args.task}", study="stages", verdict=verdict, datasets=datasets,
-                           html=report(verdict, datasets))
+                           html=page(verdict, datasets))
     print(summary_text(verdict))
     print(f"\nWritten to {folder} in {time.monotonic() - began:.0f} s: verdict.json, measurements.nc, report.html")
     return 0

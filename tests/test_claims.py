@@ -18,11 +18,11 @@ from probes.attention import patterns
 from studies.claims import pool
 from studies.questions.claims import measure as claims_measure
 from studies.questions.claims.judge import Judgement, Quantity, judge, quantity
-from studies.questions.claims.measure import Setting, first_crossing, loop_counts, measure
+from studies.questions.claims.measure import SampleSizes, first_crossing, loop_counts, measure
 from studies.zoo import Entry, triplet
 from tests.small_zoo import make_zoo, with_curves
 
-SETTING = Setting(examples=12, few=6, batch=5, steps=(1, 2))
+SETTING = SampleSizes(examples=12, few=6, batch=5, steps=(1, 2))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import xarray as xr
 from studies.claims import Claims, main, pool, read_groups
 from studies.questions.claims.figures import figures as claim_figures
 from studies.questions.claims.judge import Judgement
-from studies.questions.claims.measure import Setting, measure
+from studies.questions.claims.measure import SampleSizes, measure
 from studies.results import RESULTS, read_results
 from studies.zoo import find_groups, triplet
 from tests.small_zoo import make_zoo, with_curves
@@ -26,7 +26,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(zoo: Path) -> dict[str, xr.Dataset]:
-    return measure(triplet("automaton", zoo=zoo), Setting(examples=12, few=6, batch=5, steps=(1, 2)))
+    return measure(triplet("automaton", zoo=zoo), SampleSizes(examples=12, few=6, batch=5, steps=(1, 2)))
 
 
 def test_figures_show_every_claim(measured: dict[str, xr.Dataset]) -> None:

@@ -284,7 +284,7 @@ def test_sampler_figures(noised: torch.Tensor) -> None:
     names = ("before", "after", "predicted", "probability", "loops_used", "revealed")
     trace = [{name: getattr(step, name).numpy() for name in names} for step in steps]
     costs = step_costs(trace, {"revealed": np.array([0.2, 0.5, 1]), "right": np.array([0.1, 0.3, 0.6])}, current=1,
-                       bound=2)
+                       max_loops=2)
     assert list(costs.data[0].y) == [2, 2, 2]
     grid = confidence_grid(trace, REGIONS, "row", LOOK.position_names, n_tokens=MASK, current=0)
     visible = (noised[0] != MASK).numpy()

@@ -19,14 +19,14 @@ Trace = Sequence[Mapping[str, np.ndarray]]
 
 
 def step_costs(trace: Trace, progress: Mapping[str, Float[np.ndarray, "step"]], *, current: int,
-               bound: int) -> go.Figure:
+               max_loops: int) -> go.Figure:
     """Loops used at each denoising step, above the shares of free positions revealed and right so far."""
     steps = np.arange(len(trace))
     loops = [float(step["loops_used"].mean()) for step in trace]
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.09, row_heights=[0.5, 0.5])
     figure.add_trace(go.Bar(x=steps, y=loops, name="loops used", marker={"color": BLUE},
                             hovertemplate="step %{x}: %{y:.0f} loops<extra></extra>"), row=1, col=1)
-    figure.add_hline(y=bound, line={"color": RULE, "dash": "dash"}, annotation_text=f"at most {bound}",
+    figure.add_hline(y=max_loops, line={"color": RULE, "dash": "dash"}, annotation_text=f"at most {max_loops}",
                      annotation_position="top right", annotation_font={"size": 11}, row=1, col=1)
     for (name, values), (colour, width) in zip(progress.items(), ((ORANGE, 6), (GREEN, 2)), strict=True):
         figure.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines+markers",

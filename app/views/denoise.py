@@ -35,7 +35,7 @@ def main() -> None:
     _step(scene, trace, step)
     left, right = st.columns(2, gap="large")
     with left:
-        show.figure(step_costs(trace, _progress(scene, trace), current=step, bound=scene.n_loops),
+        show.figure(step_costs(trace, _progress(scene, trace), current=step, max_loops=scene.n_loops),
                     "Above, loops used at each step; below, the shares of free positions that are revealed, and right, "
                     "after it. "
                     "The shaded step is the one shown above.", name="step-costs", title="Cost and progress",

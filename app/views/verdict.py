@@ -22,7 +22,7 @@ from studies.questions.ablations.figures import figures as ablations_figures
 from studies.questions.claims.judge import Judgement
 from studies.questions.claims.page import HOW_JUDGED
 from studies.questions.length_generalization import page as length_page
-from studies.questions.length_generalization.figures import figure as length_figure
+from studies.questions.length_generalization.figures import rows_figure
 from studies.questions.stages import page as stages_page
 from studies.questions.stages.judge import cell_text, notes
 from studies.results import Results, made_by
@@ -179,9 +179,9 @@ def _ablations(results: Results) -> None:
                f"{verdict['setting']['examples']} held-out examples, every free position masked. Ranges are over "
                "training seeds; a number without one is a single run.")
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
-    st.dataframe(pd.DataFrame(ablations_page.rows(verdict)), hide_index=True, width="stretch",
+    st.dataframe(pd.DataFrame(ablations_page.table_rows(verdict)), hide_index=True, width="stretch",
                  column_config={"change": st.column_config.TextColumn(pinned=True)})  # the table is wider than the page
-    for note in ablations_page.notes(verdict):
+    for note in ablations_page.undefined_notes(verdict):
         st.caption(note)
     with st.expander("Definitions", icon=":material/menu_book:"):
         st.markdown("\n".join(f"- **{m['name']}**: {m['definition']}" for m in verdict["measures"].values()))
@@ -196,7 +196,7 @@ def _length_generalization(results: Results) -> None:
     st.title("Does a model go on beyond the rows of its training?", anchor=False)
     st.markdown(results.verdict["words"])
     st.dataframe(length_page.table(results.datasets["curves"]), hide_index=True)
-    drawn = styled(length_figure(results.datasets["curves"]), height=460)
+    drawn = styled(rows_figure(results.datasets["curves"]), height=460)
     drawn.update_layout(margin={"t": 84}, legend={"y": 1, "yref": "container", "yanchor": "top"})
     show.figure(drawn, length_page.WHAT,
                 name="longer", title="Cells right by row", table=partial(_every_number, results))

@@ -3,7 +3,8 @@
 A recipe multiplies matrices in bfloat16 and compiles its blocks where the machine can, and says in a sentence what it
 goes without. What the user asks for by name is taken as it is.
 
-    recipe = fastest("cpu")                        # Recipe(precision="fp32", compile=True, notes=("This CPU has …",))
+    fast = fastest("cpu")
+    fast.precision, fast.compile, fast.notes       # "fp32", True, ("This CPU has no bfloat16 instructions …",)
     fastest("cpu", precision="bf16").precision     # "bf16": slow where there are no instructions, and the notes say so
 """
 
@@ -26,7 +27,7 @@ BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FastSettings:
     """How to train on one machine."""
 
     precision: Precision
@@ -34,7 +35,7 @@ class Recipe:
     notes: tuple[str, ...]   # sentences on what the machine lacks, if it matters here
 
 
-def fastest(device: str, *, precision: Precision | None = None, compile: bool | None = None) -> Recipe:
+def fastest(device: str, *, precision: Precision | None = None, compile: bool | None = None) -> FastSettings:
     """bfloat16 and compiled blocks where ``device`` ("cpu", "cuda:1") has what they need; what is given is kept."""
     notes, fast = [], has_bf16(device)
     if not fast:
@@ -46,7 +47,7 @@ def fastest(device: str, *, precision: Precision | None = None, compile: bool | 
     missing = missing_for_compile(device)
     if missing is not None and compile is None:
         notes.append(f"{missing[0].upper()}{missing[1:]}: blocks are not compiled, and training is slower.")
-    return Recipe(precision or ("bf16" if fast else "fp32"), missing is None if compile is None else compile,
+    return FastSettings(precision or ("bf16" if fast else "fp32"), missing is None if compile is None else compile,
                   tuple(notes))
 
 

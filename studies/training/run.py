@@ -28,7 +28,7 @@ from studies.training.draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_m
 from studies.training.evaluation import held_out, idle_loops
 from studies.training.flops import mean_loops, training_flops
 from studies.training.machine import Precision
-from studies.training.step import LossOn, Share, TrainingStep, join
+from studies.training.step import LossOn, TrainingStep, World, join
 
 Kind = Literal["loop", "twin", "deep"]
 
@@ -48,7 +48,7 @@ class TrainConfig:
     #                                  of the budget, so that depth is paid for once one pass has learned what it can;
     #                                  equal_flops: each S as often as gives every S the same share of the FLOPs
     masks: Masks = "bernoulli"       # each free token masked for itself (2406.07524), or an exact number of them, which
-    #                                  is the same bound with less noise (`hooks.model.diffusion.exact_t`)
+    #                                  is the same NELBO with less noise (`hooks.model.diffusion.exact_t`)
     noise_levels: NoiseLevels = "uniform"  # or bell: middle noise levels more often (after 2605.13026)
     lr: float = 2e-3                 # peak
     lr_of_kind: dict[str, float] = field(default_factory=dict)  # peak of a kind that learns best with another
@@ -117,12 +117,12 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    share = join()
-    run = TrainingRun(config, share)
+    world = join()
+    run = TrainingRun(config, world)
     if resume:
         run.restore()
     began, seconds_before = time.monotonic(), run.seconds
-    bar = tqdm(total=1.0, initial=min(run.spent, 1.0), disable=not (progress and share.leads),
+    bar = tqdm(total=1.0, initial=min(run.spent, 1.0), disable=not (progress and world.is_main),
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
     while run.flops < config.budget_flops:
         loss = run.step_once()
@@ -134,12 +134,12 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
             run.note(run.evaluate(loss))
             run.save()
             idle = idle_loops(run.metrics[-1], run.model.config.max_loops)
-            if idle and progress and share.leads and run.spent >= GROWN_AT:
+            if idle and progress and world.is_main and run.spent >= GROWN_AT:
                 bar.write(f"{config.task.name}-{config.kind} seed {config.seed} step {run.step}: {idle}.")
             if on_eval is not None:
                 on_eval(run.metrics[-1])
         expired = config.time_budget_s is not None and time.monotonic() - began > config.time_budget_s
-        if not finished and config.time_budget_s is not None and share.led(expired):
+        if not finished and config.time_budget_s is not None and world.broadcast(expired):
             run.save()
             break
     bar.close()
@@ -150,16 +150,16 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
 class TrainingRun:
     """The mutable state of a run: weights, their average, the optimiser, and the counters."""
 
-    def __init__(self, config: TrainConfig, share: Share):
-        self.config, self.task, self.share = config, config.task, share
-        if config.batch_size % (config.micro_batches * share.count):
-            raise ValueError(f"a batch of {config.batch_size} cannot be shared among {share.count} processes of "
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.task, self.world = config, config.task, world
+        if config.batch_size % (config.micro_batches * world.size):
+            raise ValueError(f"a batch of {config.batch_size} cannot be shared among {world.size} processes of "
                              f"{config.micro_batches} micro-batches each: change batch_size or micro_batches.")
         torch.manual_seed(config.seed)
         self.model = HookedLoopMDM(config.model_config()).to(config.device)
         self.model.train()
         self.gradient = TrainingStep(self.model, precision=config.precision, compile=config.compile,
-                                     loss_on=config.loss_on, micro_batches=config.micro_batches, share=share)
+                                     loss_on=config.loss_on, micro_batches=config.micro_batches, world=world)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
@@ -215,7 +215,7 @@ class TrainingRun:
         return model.eval()
 
     def evaluate(self, loss: float) -> dict[str, float]:
-        """Held-out accuracy and bound of the averaged weights (`studies.training.evaluation.held_out`), and of a looped
+        """Held-out accuracy and NELBO of the averaged weights (`studies.training.evaluation.held_out`), and of a looped
         model whether its loops are idle, as 0 or 1."""
         row: dict[str, float] = {"step": self.step, "flops": self.flops, "seconds": round(self.seconds, 1),
                                  "lr": self._learning_rate(), "train_loss": loss}
@@ -235,14 +235,14 @@ class TrainingRun:
     def note(self, row: dict[str, float]) -> None:
         """Keep a row of metrics, and append it to the file that a reader may follow."""
         self.metrics.append(row)
-        if not self.share.leads:
+        if not self.world.is_main:
             return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        if not self.share.leads:
+        if not self.world.is_main:
             return
         state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict(),
                  "step": self.step, "flops": self.flops, "seconds": self.seconds,
@@ -265,7 +265,7 @@ class TrainingRun:
         self.ema = [average.detach() for average in state["ema"]]
         self.step, self.flops, self.seconds = state["step"], state["flops"], state["seconds"]
         self.metrics = json.loads(state["metrics"])
-        if not self.share.leads:
+        if not self.world.is_main:
             return
         lines = "".join(json.dumps(row) + "\n" for row in self.metrics)  # rows after the checkpoint are run again
         with replacing(self.path / "metrics.jsonl") as temporary:

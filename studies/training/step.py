@@ -1,4 +1,4 @@
-"""One optimiser step's gradient: the bound of a batch, in parts, in mixed precision, on one machine or many.
+"""One optimiser step's gradient: the NELBO of a batch, in parts, in mixed precision, on one machine or many.
 
 What is not needed is not computed: only masked positions are unembedded. A batch may be cut into
 micro-batches (gradient accumulation) and shared among processes (`accelerate launch`); the gradient is
@@ -28,38 +28,39 @@ LossOn = Literal["last", "every"]
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which of several processes this is; (0, 1) is a process alone."""
+class World:
+    """The processes that train one model together, and which of them this is; World() is a process alone."""
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
-        return self.index == 0
+        return self.rank == 0
 
-    def led(self, decision: bool) -> bool:
-        """The leader's decision, for all."""
-        if self.count == 1:
+    def broadcast(self, decision: bool) -> bool:
+        """The main process's decision, for all."""
+        if self.size == 1:
             return decision
         flag = [decision]
         torch.distributed.broadcast_object_list(flag, src=0)
         return flag[0]
 
 
-def join() -> Share:
+def join() -> World:
     """Join the other processes, if ``accelerate launch`` (or torchrun) started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Share()
+        return World()
     from accelerate import PartialState
 
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or None)
-    return Share(state.process_index, state.num_processes)
+    return World(state.process_index, state.num_processes)
 
 
-def bound(model: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], noised: Int[Tensor, "batch pos"],
-          t: Float[Tensor, "batch"], n_loops: int, *, n_free: int, loss_on: LossOn = "last") -> Float[Tensor, ""]:
+def training_nelbo(model: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], noised: Int[Tensor, "batch pos"],
+                   t: Float[Tensor, "batch"], n_loops: int, *, n_free: int,
+                   loss_on: LossOn = "last") -> Float[Tensor, ""]:
     """The negative ELBO of 2406.07524 in nats per free token (`hooks.model.diffusion.nelbo`), of the last loop's output
     or of every loop's, the k-th weighted by k (weights sum to 1). Divided by ``n_free``, which may count the free
     tokens of a larger batch of which this is a part.
@@ -91,9 +92,9 @@ class TrainingStep:
     """
 
     def __init__(self, model: HookedLoopMDM, *, precision: Precision = "fp32", compile: bool = False,
-                 loss_on: LossOn = "last", micro_batches: int = 1, share: Share | None = None):
+                 loss_on: LossOn = "last", micro_batches: int = 1, world: World | None = None):
         self.model, self.loss_on, self.micro_batches = model, loss_on, micro_batches
-        self.share = share or Share()
+        self.world = world or World()
         self.device = next(model.parameters()).device.type
         self.precision = precision
         if compile:
@@ -105,14 +106,14 @@ class TrainingStep:
 
     def backward(self, batch: Batch, noised: Int[Tensor, "batch pos"], t: Float[Tensor, "batch"],
                  n_loops: int) -> float:
-        """Set the parameters' gradients to those of the whole batch's bound; returns it, in nats per free token."""
+        """Set the parameters' gradients to those of the whole batch's NELBO; returns it, in nats per free token."""
         n_free = int(batch.free.sum())
         loss = 0.0
-        for part in range(self.share.index, self.micro_batches * self.share.count, self.share.count):
-            rows = slice(part, None, self.micro_batches * self.share.count)
+        for part in range(self.world.rank, self.micro_batches * self.world.size, self.world.size):
+            rows = slice(part, None, self.micro_batches * self.world.size)
             tokens, seen, level = (x[rows].to(self.device) for x in (batch.tokens, noised, t))
             with self._autocast():
-                value = bound(self.model, tokens, seen, level, n_loops, n_free=n_free, loss_on=self.loss_on)
+                value = training_nelbo(self.model, tokens, seen, level, n_loops, n_free=n_free, loss_on=self.loss_on)
             value.backward()
             loss += float(value.detach())
         return self._summed(loss)
@@ -124,7 +125,7 @@ class TrainingStep:
 
     def _summed(self, loss: float) -> float:
         """Sum gradients and loss over processes."""
-        if self.share.count == 1:
+        if self.world.size == 1:
             return loss
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         value = torch.tensor([loss], device=self.device)

@@ -1,6 +1,6 @@
 """The ablation study in words: which changes move a measure by more than the base's seeds differ.
 
-    sentences = words(verdict["ablations"])
+    sentences = judge(verdict["ablations"])
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROWS = 1.1
 """From this growth of its norm between loops 8 and 32 on, a state is said to grow."""
 
 
-def words(table: Sequence[Mapping[str, Any]]) -> list[str]:
+def judge(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """What changes move by at least `SMALLEST` beyond the range of the base's seeds, and whether states grow."""
     base = next(row for row in table if row["change"] == "base")["values"]
     sentences = []

@@ -16,7 +16,7 @@ from hooks import HookedLoopMDM
 from probes.geometry import classify_tokens, dynamics, fixed_point
 from probes.measurement import measurement
 from probes.stages import Cycle, head_distances, loop_cycle, pattern_gram
-from studies.questions.claims.measure import loop_counts, looped
+from studies.questions.claims.measure import answers_over_loops, loop_counts
 from studies.zoo import Entry
 
 SETTLED = 128
@@ -53,7 +53,7 @@ def measure(entry: Entry, *, examples: int, seed: int) -> tuple[dict[str, float]
     noised = batch.tokens.masked_fill(batch.free, task.mask_token_id)
     counts = loop_counts(s_max)
     scores = {s: task.score(logits.argmax(-1), batch)
-              for s, logits, _ in looped(model, noised, torch.ones(examples), counts)}
+              for s, logits, _ in answers_over_loops(model, noised, torch.ones(examples), counts)}
     _, rec = model.run_with_cache(noised, 32, names_filter="blocks.*.hook_resid_post", t=1.0)
     residual, topology = rec.residual_stream(), model.config.topology(32)
     target = fixed_point(model, noised, n_loops=SETTLED, t=1.0)

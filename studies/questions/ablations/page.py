@@ -19,7 +19,7 @@ SHARES = {"exact", "exact_more", "cells_once", "converged", "cyclic"}
 
 TITLE = "What decides whether the state's direction settles"
 
-def rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
+def table_rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table: a row per change, a column per measure, mean over seeds (and range where there are several)."""
     measures = verdict["measures"]
     return [{"change": row["change"], "what": CHANGES.get(row["change"], ""),
@@ -27,7 +27,7 @@ def rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
             for row in verdict["ablations"]]
 
 
-def notes(verdict: Mapping[str, Any]) -> list[str]:
+def undefined_notes(verdict: Mapping[str, Any]) -> list[str]:
     """Why numbers of the table are not defined, a sentence per measure."""
     told = []
     for key, measure in verdict["measures"].items():
@@ -40,7 +40,7 @@ def notes(verdict: Mapping[str, Any]) -> list[str]:
 
 def page(verdict: Mapping[str, Any]) -> str:
     """results/ablations.md."""
-    listed = rows(verdict)
+    listed = table_rows(verdict)
     setting = verdict["setting"]
     task = ", ".join(f"{key} {value}" for key, value in setting["task"].items() if key != "name")
     intro = (f"Made by `python studies/ablations.py`: LoopMDMs of six layers on *{verdict['task']}* ({task}), one "
@@ -51,7 +51,8 @@ def page(verdict: Mapping[str, Any]) -> str:
     lines = [f"# {TITLE}", "", intro, "",
              *[f"- {sentence}" for sentence in verdict["words"]], "",
              "| " + " | ".join(listed[0]) + " |", "|---" * len(listed[0]) + "|",
-             *["| " + " | ".join(row.values()) + " |" for row in listed], "", *(f"{note}\n" for note in notes(verdict)),
+             *["| " + " | ".join(row.values()) + " |" for row in listed], "",
+             *(f"{note}\n" for note in undefined_notes(verdict)),
              *[f"- *{m['name']}*: {m['definition']}." for m in verdict["measures"].values()], "",
              f"Figures: [live](ablations-{verdict['task']}/report.html)."]
     return "\n".join(lines) + "\n"
@@ -59,12 +60,12 @@ def page(verdict: Mapping[str, Any]) -> str:
 
 def report(verdict: Mapping[str, Any], drawn: Mapping[str, tuple[str, go.Figure]]) -> str:
     """One page that needs no network: words, table, figures, provenance."""
-    listed = rows(verdict)
+    listed = table_rows(verdict)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in listed[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
                    for row in listed)
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdict["words"])
-    told_of_gaps = "".join(f"<p>{html.escape(note)}</p>" for note in notes(verdict))
+    told_of_gaps = "".join(f"<p>{html.escape(note)}</p>" for note in undefined_notes(verdict))
     parts = [f"<h1>{TITLE}</h1><ul>{told}</ul><table><tr>{head}</tr>{body}</table>{told_of_gaps}"]
     for number, (title, (what, figure)) in enumerate(drawn.items()):
         picture = figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})

@@ -4,7 +4,7 @@ Each function answers for one claim of LoopMDM (2605.26106) with a labelled data
 belong to single held-out examples keep an ``example`` axis, so that `judge` can put
 intervals around them. All models of a task see the same examples, noise levels and masks.
 
-    data = measure(triplet("automaton"), Setting())
+    data = measure(triplet("automaton"), SampleSizes())
     data["loops"].exact.sel(kind="loop", n_loops=8).mean()
 """
 
@@ -23,10 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooks import HookedLoopMDM
+from hooks.contract import LoopedModel
 from hooks.model.diffusion import SamplerConfig, antithetic_t, corrupt, sample
 from probes.attention import attention_summary
+from probes.loops import loop_states
 from probes.measurement import measurement
 from studies.tasks import Batch, Task
+from studies.training.evaluation import doubled_loops
 from studies.zoo import Entry, read_metrics
 
 PAPER = "arXiv 2605.26106"
@@ -38,7 +41,7 @@ BUDGET_POINTS = 41
 
 
 @dataclass(frozen=True)
-class Setting:
+class SampleSizes:
     """How much is measured."""
 
     examples: int = 256         # held-out examples of (b), (c), (f)
@@ -48,21 +51,21 @@ class Setting:
     seed: int = 0               # of examples, noise levels, masks and samples
 
 
-def measure(models: Mapping[str, Entry], setting: Setting,
+def measure(models: Mapping[str, Entry], sizes: SampleSizes,
             progress: Callable[[str], None] = lambda _: None) -> dict[str, xr.Dataset]:
     """All claims for one triplet (or as much of it as there is; "loop" must be)."""
     found = {}
-    for name, function in (("training", training_curves), ("loops", over_loops), ("noise", by_noise_level),
+    for name, function in (("training", training_curves), ("loops", quality_over_loops), ("noise", by_noise_level),
                            ("attention", mask_attention), ("adaptive", adaptive_looping), ("sampling", loops_or_steps)):
         progress(name)
-        found[name] = function(models, setting)
+        found[name] = function(models, sizes)
     return found
 
 
 # --------------------------------------------------------------------------------- (a)
 
 
-def training_curves(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
+def training_curves(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """NELBO over training FLOPs, and the FLOPs a twin needs ÷ those the LoopMDM needs to match its last NELBO.
 
     Where the LoopMDM never reaches it, ``flops_ratio`` (kind) is that of the whole trainings, an upper bound, and
@@ -116,28 +119,28 @@ def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
 # --------------------------------------------------------------------------- (b) and (c)
 
 
-def over_loops(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
+def quality_over_loops(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """NELBO, share of free cells right and exact accuracy per example, over S = 1 … 4·S_max; twins at S = 1 only.
 
     Accuracy is of one forward with every free position masked.
     """
     task, s_max = models["loop"].task, _s_max(models)
-    batch = task.sample(setting.examples, seed=setting.seed, split="test")
+    batch = task.sample(sizes.examples, seed=sizes.seed, split="test")
     masked = batch.tokens.masked_fill(batch.free, task.mask_token_id)
-    generator = torch.Generator().manual_seed(setting.seed)
-    t = antithetic_t(setting.examples, generator=generator)
+    generator = torch.Generator().manual_seed(sizes.seed)
+    t = antithetic_t(sizes.examples, generator=generator)
     noised = corrupt(batch.tokens, t, task.mask_token_id, free=batch.free, generator=generator)
     loops = loop_counts(s_max)
-    values = np.full((3, len(models), len(loops), setting.examples), np.nan)
+    values = np.full((3, len(models), len(loops), sizes.examples), np.nan)
     for index, (kind, entry) in enumerate(models.items()):
         wanted = loops if kind == "loop" else [1]
-        for part in _parts(setting.examples, setting.batch):
+        for part in _parts(sizes.examples, sizes.batch):
             piece = Batch(batch.tokens[part], batch.free[part])
-            for row, logits, _ in looped(entry.model, masked[part], torch.ones(len(piece.tokens)), wanted):
+            for row, logits, _ in answers_over_loops(entry.model, masked[part], torch.ones(len(piece.tokens)), wanted):
                 score = task.score(logits.argmax(-1), piece)
                 for at, name in enumerate(("cells", "exact")):
                     values[at, index, loops.index(row), part] = score[name].numpy()
-            for row, logits, _ in looped(entry.model, noised[part], t[part], wanted):
+            for row, logits, _ in answers_over_loops(entry.model, noised[part], t[part], wanted):
                 nll = _nll(logits, piece.tokens) * (noised[part] == task.mask_token_id)
                 values[2, index, loops.index(row), part] = (nll.sum(1) / t[part] / piece.free.sum(1)).numpy()
     coords: dict[Any, Any] = {"kind": list(models), "n_loops": loops}
@@ -153,26 +156,26 @@ def over_loops(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
 
 def loop_counts(s_max: int) -> list[int]:
     """1 … 4·S_max: every loop up to S_max would be costly to draw, so powers of two, S_max and its multiples."""
-    powers = {2 ** i for i in range(8) if 2 ** i <= s_max}
-    return sorted(powers | {s_max, round(1.5 * s_max), 2 * s_max, 3 * s_max, 4 * s_max})
+    return sorted({*doubled_loops(s_max), round(1.5 * s_max), 2 * s_max, 3 * s_max, 4 * s_max})
 
 
 # --------------------------------------------------------------------------------- (d)
 
 
-def by_noise_level(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
+def by_noise_level(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """Loop gain NLL(t, S = 1) − NLL(t, S_max) per example, nats per masked token, by noise level."""
     entry, s_max = models["loop"], _s_max(models)
     task = entry.task
-    batch = task.sample(setting.few, seed=setting.seed, split="test")
-    nll = np.zeros((2, len(NOISE_LEVELS), setting.few))
+    batch = task.sample(sizes.few, seed=sizes.seed, split="test")
+    nll = np.zeros((2, len(NOISE_LEVELS), sizes.few))
     for at, level in enumerate(NOISE_LEVELS):
         noised = corrupt(batch.tokens, level, task.mask_token_id, free=batch.free,
-                         generator=torch.Generator().manual_seed(setting.seed))   # masks grow with t: nested
-        for part in _parts(setting.few, setting.batch):
+                         generator=torch.Generator().manual_seed(sizes.seed))   # masks grow with t: nested
+        for part in _parts(sizes.few, sizes.batch):
             masked = noised[part] == task.mask_token_id
             t = torch.full((len(masked),), level)
-            for which, (_, logits, _) in enumerate(looped(entry.model, noised[part], t, sorted({1, s_max}))):
+            answers = answers_over_loops(entry.model, noised[part], t, sorted({1, s_max}))
+            for which, (_, logits, _) in enumerate(answers):
                 value = (_nll(logits, batch.tokens[part]) * masked).sum(1) / masked.sum(1)   # NaN: nothing masked
                 nll[which, at, part] = value.numpy()
     coords: dict[Any, Any] = {"t": list(NOISE_LEVELS)}
@@ -186,15 +189,15 @@ def by_noise_level(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
 # --------------------------------------------------------------------------------- (e)
 
 
-def mask_attention(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
+def mask_attention(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """Attention from masked to masked positions per loop, mean over looped layers and heads, to 2·S_max loops."""
     entry, s_max = models["loop"], _s_max(models)
     task = entry.task
-    batch = task.sample(setting.few, seed=setting.seed, split="test")
+    batch = task.sample(sizes.few, seed=sizes.seed, split="test")
     noised = corrupt(batch.tokens, ATTENTION_T, task.mask_token_id, free=batch.free,
-                     generator=torch.Generator().manual_seed(setting.seed))
+                     generator=torch.Generator().manual_seed(sizes.seed))
     parts = []
-    for part in _parts(setting.few, setting.batch):
+    for part in _parts(sizes.few, sizes.batch):
         summary = attention_summary(entry.model, noised[part], n_loops=2 * s_max, t=ATTENTION_T, per_example=True)
         chosen = summary[["flow", "flow_over_chance"]].sel(query_role="masked", key_role="masked", drop=True)
         looped_only = chosen.isel(depth=np.flatnonzero(summary.loop.values >= 0))
@@ -211,21 +214,21 @@ def mask_attention(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
 # --------------------------------------------------------------------------------- (f)
 
 
-def adaptive_looping(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
+def adaptive_looping(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """Loops used and quality per example when each stops at a relative change below τ, at most S_max loops.
 
     One run of S_max loops answers for every τ, since examples do not see each other. τ = 0 never stops.
     """
     entry, s_max = models["loop"], _s_max(models)
     task = entry.task
-    batch = task.sample(setting.examples, seed=setting.seed, split="test")
+    batch = task.sample(sizes.examples, seed=sizes.seed, split="test")
     masked = batch.tokens.masked_fill(batch.free, task.mask_token_id)
     levels = (0.0, *THRESHOLDS)
-    used = np.zeros((len(levels), setting.examples))
+    used = np.zeros((len(levels), sizes.examples))
     cells, exact = np.zeros_like(used), np.zeros_like(used)
-    for part in _parts(setting.examples, setting.batch):
+    for part in _parts(sizes.examples, sizes.batch):
         piece = Batch(batch.tokens[part], batch.free[part])
-        run = list(looped(entry.model, masked[part], torch.ones(len(piece.tokens)), range(1, s_max + 1)))
+        run = list(answers_over_loops(entry.model, masked[part], torch.ones(len(piece.tokens)), range(1, s_max + 1)))
         change = torch.stack([delta for _, _, delta in run])                     # [loop, example]
         predicted = torch.stack([logits.argmax(-1) for _, logits, _ in run])     # [loop, example, pos]
         for at, level in enumerate(levels):
@@ -247,17 +250,17 @@ def adaptive_looping(models: Mapping[str, Entry], setting: Setting) -> xr.Datase
 # --------------------------------------------------------------------------------- (g)
 
 
-def loops_or_steps(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
+def loops_or_steps(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """Accuracy of confidence-ordered sampling: loops against denoising steps at equal layer calls, and over steps.
 
     ``equal_*`` (plan, example): pairs of S and steps whose layer calls are nearest to 4 steps of S_max loops.
     ``steps_*`` (n_loops, n_steps, example): S = 1 and S_max at each number of steps.
     """
     entry, s_max = models["loop"], _s_max(models)
-    batch = entry.task.sample(setting.few, seed=setting.seed, split="test")
+    batch = entry.task.sample(sizes.few, seed=sizes.seed, split="test")
     plans = equal_plans(entry.model, s_max)
-    wanted = {*plans, *((s, n) for s in (1, s_max) for n in setting.steps)}
-    scores = {(s, n): _sampled(entry.model, entry.task, batch, n_loops=s, n_steps=n, size=setting.batch)
+    wanted = {*plans, *((s, n) for s in (1, s_max) for n in sizes.steps)}
+    scores = {(s, n): _sampled(entry.model, entry.task, batch, n_loops=s, n_steps=n, size=sizes.batch)
               for s, n in sorted(wanted)}
     found = {}
     for name, label in (("cells", "free cells right"), ("exact", "examples right")):
@@ -267,9 +270,9 @@ def loops_or_steps(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
             coords={"plan": np.arange(len(plans)), "n_loops": ("plan", [s for s, _ in plans]),
                     "n_steps_of_plan": ("plan", [n for _, n in plans])})
         found[f"steps_{name}"] = measurement(
-            np.stack([np.stack([scores[s, n][name] for n in setting.steps]) for s in (1, s_max)]),
+            np.stack([np.stack([scores[s, n][name] for n in sizes.steps]) for s in (1, s_max)]),
             ("loops", "n_steps", "example"), long_name=label, units="probability", source=PAPER,
-            definition="confidence order, temperature 0", coords={"loops": [1, s_max], "n_steps": list(setting.steps)})
+            definition="confidence order, temperature 0", coords={"loops": [1, s_max], "n_steps": list(sizes.steps)})
     return xr.Dataset(found)
 
 
@@ -295,17 +298,17 @@ def _sampled(model: HookedLoopMDM, task: Task, batch: Batch, *, n_loops: int, n_
 
 
 @torch.no_grad()
-def looped(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], t: Float[Tensor, "batch"], loops: Sequence[int],
-           ) -> Iterator[tuple[int, Float[Tensor, "batch pos vocab"], Float[Tensor, "batch"]]]:
+def answers_over_loops(model: LoopedModel, noised: Int[Tensor, "batch pos"], t: Float[Tensor, "batch"],
+                       loops: Sequence[int],
+                       ) -> Iterator[tuple[int, Float[Tensor, "batch pos vocab"], Float[Tensor, "batch"]]]:
     """(S, logits after S loops, relative change of the state by loop S) for each S in ``loops``, in one run."""
-    condition = model.condition(noised, t)
-    x, injected = model.begin(noised, condition)
-    for k in range(max(loops)):
-        new = model.loop(x, k, injected, condition)
-        if k + 1 in loops:
-            change = (new - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-12)
-            yield k + 1, model.tail(new, condition), change
-        x = new
+    states = loop_states(model, noised, max(loops), t=t)
+    before, _ = next(states)
+    for n_loops, (state, context) in enumerate(states, start=1):
+        if n_loops in loops:
+            change = (state - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1).clamp_min(1e-12)
+            yield n_loops, model.coda(state, context), change
+        before = state
 
 
 def _nll(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:

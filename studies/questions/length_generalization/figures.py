@@ -1,6 +1,6 @@
 """The figure of more rows than in training: a pure function of what was measured.
 
-    drawn = figure(curves)
+    drawn = rows_figure(curves)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from studies.questions.length_generalization.judge import best_loops
 from studies.zoo import SHORT_NAMES
 
 
-def figure(data: xr.Dataset) -> go.Figure:
+def rows_figure(data: xr.Dataset) -> go.Figure:
     """Cells right by row: one line per number of rows, the LoopMDM solid, the deep twin dotted."""
     drawn, best = go.Figure(), best_loops(data).mean("seed")
     shades = (BLACK, BLUE, SKY, ORANGE, VERMILLION, PURPLE, GREEN)

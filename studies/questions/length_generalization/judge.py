@@ -1,6 +1,6 @@
 """More rows than in training, in words: pure functions of what was measured.
 
-    text = words(curves, trained=8)
+    text = judge(curves, trained=8)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def best_loops(data: xr.Dataset) -> xr.Dataset:
     return data.isel(n_loops=quality.fillna(-1).argmax("n_loops"))
 
 
-def words(data: xr.Dataset, trained: int) -> str:
+def judge(data: xr.Dataset, trained: int) -> str:
     """What each kind gets right at the fewest rows and at the most."""
     cells, least, most = best_loops(data).cells.mean(["seed", "row"]), int(data.n_rows.min()), int(data.n_rows.max())
     parts = [f"{SHORT_NAMES[str(kind)]} {cells.sel(kind=kind, n_rows=least):.0%} of cells at {least} rows and "

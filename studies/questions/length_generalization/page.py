@@ -1,6 +1,6 @@
 """More rows than in training, as table and page: pure functions of what was measured.
 
-    html = report(verdict, curves)
+    html = page(verdict, curves)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from studies.questions.length_generalization.figures import figure
+from studies.questions.length_generalization.figures import rows_figure
 from studies.questions.length_generalization.judge import best_loops
 from studies.zoo import SHORT_NAMES
 
@@ -29,9 +29,9 @@ def table(data: xr.Dataset) -> pd.DataFrame:
         for kind in data.kind.values])
 
 
-def report(verdict: Mapping[str, Any], data: xr.Dataset) -> str:
+def page(verdict: Mapping[str, Any], data: xr.Dataset) -> str:
     """HTML of the study; plotly's script comes from the network, the SVG file needs none."""
     return ("<!doctype html><meta charset='utf-8'><title>LoopScope: more rows</title>"
             "<body style='font-family:sans-serif;max-width:860px;margin:2em auto'><h1>More rows than in training</h1>"
             f"<p>{html.escape(verdict['words'])}</p>{table(data).to_html(index=False, border=0)}<p>{WHAT}</p>"
-            f"{figure(data).to_html(full_html=False, include_plotlyjs='cdn')}</body>")
+            f"{rows_figure(data).to_html(full_html=False, include_plotlyjs='cdn')}</body>")

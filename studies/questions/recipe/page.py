@@ -1,4 +1,4 @@
-"""results/recipe.md: what each change of the recipe does to the bound, from runs of equal FLOPs paired by seed.
+"""results/recipe.md: what each change of the recipe does to the NELBO, from runs of equal FLOPs paired by seed.
 
     text = page(runs, {"recipe": "the recipe", "before": "S uniform, …"})
 """

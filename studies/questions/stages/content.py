@@ -4,11 +4,13 @@ It does where more of the answer is there after a loop than before, whatever ope
 it. Measured three ways: exact accuracy over the number of loops; the coda lens, what
 the model would answer if it stopped here; and linear probes, what can be read out at all.
 
-    content = measure(setting)
+    content = measure_content(setting)
     content.rows, content.datasets
 """
 
 from __future__ import annotations
+
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,12 +19,13 @@ from tqdm import tqdm
 
 from hooks import HookedLoopMDM
 from probes.linear import ridge_probes
+from probes.loops import loop_states
 from probes.measurement import measurement
 from probes.stages import Cycle, NotDefinedError
 from studies.questions.stages.operation import SUBJECTS, Operation, Setting, Value
 
 
-def measure(setting: Setting) -> Operation:
+def measure_content(setting: Setting) -> Operation:
     """All of the content half, with a progress bar."""
     content = Operation()
     for step in tqdm((_accuracy_over_loops, _coda_by_region, _probes_by_region), desc="content", leave=False):
@@ -70,13 +73,8 @@ def _accuracy_over_loops(setting: Setting, content: Operation) -> None:
 
 def _right_after_each_loop(setting: Setting, model: HookedLoopMDM, n_loops: int) -> torch.Tensor:
     """Is each position right after 1, 2 … ``n_loops`` loops: [loop, example, pos]; one forward serves them all."""
-    condition = model.condition(setting.noised, setting.t)
-    x, injected = model.begin(setting.noised, condition)
-    right = []
-    for k in range(n_loops):
-        x = model.loop(x, k, injected, condition)
-        right.append(model.tail(x, condition).argmax(-1) == setting.batch.tokens)
-    return torch.stack(right).float()
+    states = islice(loop_states(model, setting.noised, n_loops, t=setting.t), 1, None)
+    return torch.stack([model.coda(*after).argmax(-1) == setting.batch.tokens for after in states]).float()
 
 
 def _by_region(right: torch.Tensor, free: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ attention frozen, and the likeness of the mean cycle to the unlooped twin. None 
 whether an operation is repeated: shared weights bring likeness without any training.
 
     setting = Setting.draw(models, n_examples=192, t=1.0, seed=0, n_untrained=8)
-    operation = measure(setting)
+    operation = measure_operation(setting)
     operation.rows, operation.datasets
 """
 
@@ -130,7 +130,7 @@ class Operation:
         self.rows.append({"key": key, "measure": measure, "definition": definition, "values": values})
 
 
-def measure(setting: Setting) -> Operation:
+def measure_operation(setting: Setting) -> Operation:
     """All of the operation half, with a progress bar."""
     operation = Operation()
     steps = (_patterns, _partition, _frozen, _twin_likeness)

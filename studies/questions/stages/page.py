@@ -1,6 +1,6 @@
 """The report of `rerun.py`: figures as pure functions of measurements, and one HTML page.
 
-    html = report(verdict, datasets)                 # self-contained, plotly included
+    html = page(verdict, datasets)                 # self-contained, plotly included
     figure = pattern_distance_figure(datasets["pattern_distance"])
 """
 
@@ -152,7 +152,7 @@ def figures(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> l
     ]
 
 
-def report(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> str:
+def page(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> str:
     """One HTML page that needs no network: verdict, table, figures with explanations, provenance."""
     parts = []
     for i, (title, explanation, figure) in enumerate(figures(verdict, datasets)):
