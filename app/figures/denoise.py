@@ -44,6 +44,23 @@ def step_costs(trace: Trace, progress: Mapping[str, Float[np.ndarray, "step"]], 
     return figure
 
 
+def loop_changes(trace: Trace, *, current: int) -> go.Figure:
+    """How far each loop of each denoising step moved the state; empty where a loop did not run, and for the first."""
+    longest = max(len(step["change"]) for step in trace)
+    z = np.stack([np.pad(step["change"].astype(float), (0, longest - len(step["change"])), constant_values=np.nan)
+                  for step in trace], 1)[1:]                      # [loop, step]
+    figure = go.Figure(go.Heatmap(
+        z=z, y=np.arange(1, longest), zmin=0, colorscale=AMOUNT, xgap=1, ygap=1, hoverongaps=False,
+        hovertemplate="step %{x}, loop %{y}<br>relative change %{z:.3f}<extra></extra>",
+        colorbar=colourbar("relative change of the state")))
+    figure.add_vrect(x0=current - 0.5, x1=current + 0.5, line={"color": BLUE, "width": 1.5}, fillcolor="rgba(0,0,0,0)")
+    styled(figure, height=max(220, 100 + 26 * longest), legend=False)
+    figure.update_yaxes(title_text="loop", dtick=1 if longest <= 17 else 4, range=[longest - 0.5, 0.5], showgrid=False,
+                        zeroline=False)
+    return figure.update_xaxes(title_text="denoising step", range=[-0.5, len(trace) - 0.5], showgrid=False,
+                               zeroline=False, tickvals=list(range(len(trace))) if len(trace) <= 24 else None)
+
+
 def confidence_grid(trace: Trace, regions: np.ndarray, region_name: str, names: Sequence[str], *, n_tokens: int,
                     current: int) -> go.Figure:
     """Probability of the drawn token at every position and step; a dot where the position was revealed."""
