@@ -82,8 +82,9 @@ class Counted:
     declared: Schedule
     counted: Discovered | None = None
 
-    def axes(self, path: str) -> LoopAxes | None:
-        return self.declared.axes(path) or (() if self.counted is None else self.counted.axes(path))
+    def axes(self, path: str) -> LoopAxes:
+        """A module that the dry run did not call may still run when it is hooked (attention patterns): once."""
+        return self.declared.axes(path) or (self.counted and self.counted.axes(path)) or ()
 
 
 # ----------------------------------------------------------------- architectures
@@ -122,7 +123,7 @@ def schedule_of(module: nn.Module) -> Scheduled | None:
     Read from its config, so for Huginn it holds ``mean_recurrence`` steps: pass ``huginn(num_steps)`` for others.
     """
     if module in LOOPIFIED:
-        return LOOPIFIED[module]
+        return LOOPIFIED[module].schedule
     config = getattr(getattr(module, "original_model", module), "config", None)
     known = _KNOWN.get(getattr(config, "model_type", ""))
     return known(config) if known else None
