@@ -174,16 +174,19 @@ def steer(site: SitePattern, vector: Float[Tensor, "..."], scale: float = 1.0, *
     return SiteEdit(f"steer {site}", attach)
 
 
-def freeze(from_loop: int, site: str = "*.attn.hook_pattern", *, at: At | None = None) -> SiteEdit:
-    """Let every later loop use what loop ``from_loop`` computed at ``site``: by default attention patterns."""
+def freeze(from_loop: int | tuple[int, ...], site: str = "*.attn.hook_pattern", *, at: At | None = None) -> SiteEdit:
+    """Let every later loop use what loop ``from_loop`` computed at ``site``: by default attention patterns.
+
+    In nested cycles ``from_loop`` is a tuple, outermost first: ``freeze((1, 0), "L.*.hook_out")`` holds what
+    ``@h1.l0`` computed for every later firing, ``@h1.l1`` and all of ``@h2`` among them.
+    """
     name, loops = split(site)
     if loops is not None:
         raise SiteError(f"freeze({site!r}): the loops follow from from_loop; write {name!r}.")
+    wanted = from_loop if isinstance(from_loop, tuple) else (from_loop,)
 
     def attach(space: SiteSpace) -> Attachments:
-        first = space.resolve(f"{name}@{from_loop}")
-        numbers = {s.name: s.loop[0] for s in first}  # from_loop may be negative
-        later = [s for s in space.resolve(f"{name}@*") if s.name in numbers and s.loop[0] > numbers[s.name]]
+        first, later = _from_loop(name, wanted, space)
         held: dict[str, Tensor] = {}
 
         def read(activation: Tensor, /, *, hook: Any) -> None:
@@ -195,7 +198,7 @@ def freeze(from_loop: int, site: str = "*.attn.hook_pattern", *, at: At | None =
         reading: Attachments = [([str(s) for s in first], read)]
         return reading + ([([str(s) for s in later], write)] if later else [])
 
-    return SiteEdit(f"freeze {site} from loop {from_loop}", attach)
+    return SiteEdit(f"freeze {site} from loop {'.'.join(map(str, wanted))}", attach)
 
 
 # --------------------------------------------------------- loops and layers, and their order
@@ -269,6 +272,34 @@ def skip_layer(layer: int, loop: int, *, at: At | None = None) -> Edit:
 
 
 # ---------------------------------------------------------------------- private
+
+
+def _from_loop(name: str, wanted: tuple[int, ...], space: SiteSpace) -> tuple[list[Site], list[Site]]:
+    """The firings of ``name`` at loop ``wanted``, and all later firings of the same names."""
+    looped = {site.name: len(site.loop) for site in space.resolve(name) if site.loop}
+    if not looped:
+        raise SiteError(f"{name!r} runs once per forward and has no loops to freeze.")
+    fitting = [n for n, cycles in looped.items() if cycles == len(wanted)]
+    if not fitting:
+        other, cycles = next(iter(looped.items()))
+        raise SiteError(f"{other} is looped over {cycles} cycle{'s' * (cycles > 1)}, and from_loop={wanted} names "
+                        f"{len(wanted)}: give one number for each, outermost first"
+                        + (f", ({', '.join(letter for letter, _ in space.names[other])})." if cycles > 1 else "."))
+    first: list[Site] = []
+    later: list[Site] = []
+    for n in fitting:
+        axes = space.names[n]
+        loop = tuple(i + count if i < 0 else i for i, (_, count) in zip(wanted, axes, strict=True))
+        if not all(0 <= i < count for i, (_, count) in zip(loop, axes, strict=True)):
+            space.resolve(f"{n}@{'.'.join(f'{letter}{i}' for i, (letter, _) in zip(wanted, axes, strict=True))}")
+        firings = space.firings(n)  # in the order in which they fire
+        if reading := [site for site in firings if site.loop == loop]:
+            first += reading
+            later += [site for site in firings if site.loop > loop]
+    if not first:
+        raise SiteError(f"{fitting[0]} cannot be frozen from loop {'.'.join(map(str, wanted))}: an edit of this run "
+                        "skips it there.")
+    return first, later
 
 
 def _placed(new: Tensor, old: Tensor, hook: Any, at: At | None) -> Tensor:

@@ -12,7 +12,7 @@ model, and never answers "the last loop" by accident: a looped name needs a loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +28,8 @@ Reducer = Callable[[Tensor, str], Tensor]
 """A function of (activation, site) that runs inside the hook and returns what to keep; the site says the
 loop (``blocks.2.hook_resid_post@3``). One with a method ``dims`` also names its axes: see `hooks.reducers`."""
 
-Cut = slice | Tensor
-"""Which of an axis to keep: a slice, or a tensor of indices, or of booleans."""
+Cut = slice | Tensor | Sequence[int] | Sequence[bool]
+"""Which of an axis to keep: a slice, or indices, or booleans."""
 
 _AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("attn.hook_pattern", "attn.hook_attn_scores"), ("batch", "head", "query", "key")),
@@ -66,7 +66,8 @@ class Recorder:
 
     def __init__(self, *, reduce: Reducer | None = None, pos: Cut | None = None, batch: Cut | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None):
-        self.reduce, self.pos, self.batch, self.dtype, self.device = reduce, pos, batch, dtype, device
+        self.reduce, self.dtype, self.device = reduce, dtype, device
+        self.pos, self.batch = _chooser(pos), _chooser(batch)
         self.plain = all(option is None for option in (reduce, pos, batch, dtype, device))
         self.held: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -130,6 +131,13 @@ class Recorder:
                              f"{[value.shape[0], value.shape[axis]]}, not {pos.dtype} {list(pos.shape)}.")
         rest = tuple(name for i, name in enumerate(axes) if i not in (0, axis))
         return value.movedim(axis, 1)[pos], ("point", *rest)
+
+
+def _chooser(cut: Cut | None) -> slice | Tensor | None:
+    if cut is None or isinstance(cut, (slice, Tensor)):
+        return cut
+    chosen = torch.as_tensor(cut)
+    return chosen if chosen.numel() else chosen.long()  # an empty list chooses nothing
 
 
 class Shelf:

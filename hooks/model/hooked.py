@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hooks.contract import HookList, Kind, Levels, LoopedModel
 from hooks.edits import PlanEdit, attachments
-from hooks.hook_points import Attached, HookFunction, HookPoint
+from hooks.hook_points import Attached, HookFunction, HookPoint, replacing
 from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
@@ -316,7 +316,12 @@ def _on_backward(fn: HookFunction) -> HookFunction:
                                "outside torch.no_grad() and with parameters that require them.")
         frozen = HookPoint(hook.name, type(hook.clock)(), hook.looped)
         frozen.clock.loop = hook.clock.loop
-        activation.register_hook(lambda gradient: fn(gradient, hook=frozen))
+
+        def on_gradient(gradient: Tensor) -> Tensor | None:
+            returned = fn(gradient, hook=frozen)
+            return None if returned is None else replacing(returned, gradient, f"{frozen.site} (gradient)")
+
+        activation.register_hook(on_gradient)
     return call
 
 

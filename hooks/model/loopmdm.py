@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooks.checkpointing import guard_recomputation, may_be_checkpointed, recomputing
 from hooks.hook_points import HookPoint, LoopClock
 from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
@@ -216,8 +217,15 @@ class LoopMDM(nn.Module):
             condition = self.condition(tokens, t)
             x = embedded = self.embed_tokens(tokens)
             x = self.head(x, condition)
-            if self.replans:
+            if replans := self.replans:
                 plan = self.plan(n_loops)
+                if recomputing() and not self.clock.edits_again(replans):
+                    raise RuntimeError("the backward pass runs the model again (torch.utils.checkpoint) under an edit "
+                                       "of its loops or layers that was not there in the forward pass: call backward "
+                                       "before placing it, or switch checkpointing off.")
+                if may_be_checkpointed():
+                    guard_recomputation("loops or layers skipped, repeated or swapped", lambda: self.replans is replans,
+                                        around=lambda: self.clock.repeating(replans, 0))
                 x, n_loops = run(self, plan, x, embedded, condition), len(plan)
             else:
                 for k in range(n_loops):
@@ -400,7 +408,8 @@ class LoopMDM(nn.Module):
         return tokens, self._checked_loops(n_loops)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        """A copy has no lock of another model, and no edits: they are undone on the model they were made on."""
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"replans": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
