@@ -7,6 +7,8 @@
     rec["blocks.2.hook_resid_post@3"]
 """
 
+from hooks.contract import LoopedModel, Unavailable
+from hooks.foreign.adopt import adopt
 from hooks.foreign.discovery import describe
 from hooks.foreign.loopify import loopify
 from hooks.foreign.schedules import Schedule
@@ -18,5 +20,6 @@ from hooks.recording import Recording
 from hooks.sites import Site, SiteError, SiteSpace
 from hooks.topology import Topology
 
-__all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "Recording",
-           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "describe", "loopify", "watch"]
+__all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "LoopedModel", "Recording",
+           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "Unavailable", "adopt", "describe", "loopify",
+           "watch"]

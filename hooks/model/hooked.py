@@ -191,6 +191,10 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def max_loops(self) -> int:
         return self.config.max_loops
 
+    @property
+    def mask_token_id(self) -> int:
+        return self.config.mask_token_id
+
     def topology(self, n_loops: int | None = None) -> Topology:
         return self.config.topology(self._checked_loops(n_loops))
 
