@@ -13,6 +13,7 @@ hundreds of them runs as fast as one with none.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
@@ -34,16 +35,53 @@ class LoopClock:
 
     ``runs`` counts forwards, ``ran`` is the number of loops of the last one, and
     ``stopped_early`` says that it stopped adaptively before the loops it was allowed.
-    While ``muted``, hook points are plain identities. ``again`` holds the edits that a part of the model was under
-    in its forward pass, while a backward pass runs that part again (`hooks.checkpointing`): no others act there.
+    While ``muted``, hook points are plain identities. ``thread`` is the one in which a forward runs,
+    and ``within`` the hook (or other function of the caller) that this forward has called, if any.
+    ``again`` holds the edits that a part of the model was under in its forward pass, while a backward pass
+    runs that part again (`hooks.checkpointing`): no others act there.
     """
 
-    __slots__ = ("again", "loop", "muted", "ran", "runs", "stopped_early")
+    __slots__ = ("again", "loop", "muted", "ran", "runs", "stopped_early", "thread", "within")
 
     def __init__(self) -> None:
         self.loop = self.runs = self.ran = 0
         self.stopped_early = self.muted = False
         self.again: tuple[object, ...] = ()
+
+        self.thread: int | None = None
+        self.within: str | None = None
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """A copy, made in a hook for example, runs no forward."""
+        return None, {**{name: getattr(self, name) for name in self.__slots__}, "thread": None, "within": None,
+                      "again": ()}
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """For the length of a forward; RuntimeError inside another one, whose hooks would fire again."""
+        self.refuse_inside()
+        self.thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self.thread = None
+
+    @contextmanager
+    def calling(self, what: str) -> Iterator[None]:
+        """While a function of the caller runs that belongs to a forward: a hook, or a loss."""
+        before = self.thread, self.within
+        self.thread, self.within = threading.get_ident(), what
+        try:
+            yield
+        finally:
+            self.thread, self.within = before
+
+    def refuse_inside(self) -> None:
+        """RuntimeError if this thread is inside a forward."""
+        if self.thread == threading.get_ident() and not recomputing():
+            raise RuntimeError(f"the model was run inside {self.within or 'its own forward'}: its sites would fire a "
+                               "second time, and hooks would record and edit the wrong forward. Run it before or "
+                               "after, or run another model there (copy.deepcopy(model), made beforehand).")
 
     def edits_again(self, edit: object) -> bool:
         return any(other is edit for other in self.again)
@@ -145,12 +183,21 @@ class HookPoint:
         if self.clock.muted:
             return activation
         clock = self.clock
-        loop, again = clock.loop, recomputing()
+        loop, thread, again = clock.loop, clock.thread, recomputing()
+        if clock.within is not None and not again:
+            raise RuntimeError(f"{self.site} fired inside {clock.within}, where a part of the model was run: the hooks "
+                               "at this site would record and edit it in place of the forward's own. Run the part "
+                               "after the forward, or leave its sites unhooked.")
+        within = clock.within
         for entry in self.entries:
             loops, fn, fired = entry
             if (loops is None or loop in loops) and (not again or clock.edits_again(entry)):
                 fired.add(loop)
-                replacement = fn(activation, hook=self)
+                clock.thread, clock.within = threading.get_ident(), f"the hook at {self.name}"
+                try:
+                    replacement = fn(activation, hook=self)
+                finally:
+                    clock.thread, clock.within = thread, within
                 if replacement is not None:
                     activation = replacing(replacement, activation, self.site)
                     if may_be_checkpointed():

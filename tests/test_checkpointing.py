@@ -139,6 +139,22 @@ def test_recording_goes_on_as_if_nothing_were_checkpointed(reentrant: bool, monk
     assert seen == [f"{POST}@{k}" for k in range(3)]  # once, and in the order of the forward pass
 
 
+def test_gradients_are_recorded_as_if_nothing_were_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model, tokens = small_model(), small_model(), small_tokens()
+    edits = [steer(f"{POST}@1", torch.ones(16))]
+    with expected.hooks(edits, n_loops=3):
+        _, want = expected.run_with_cache(tokens, 3, names_filter=POST, loss_fn=loss)
+    with checkpointed(model, False, monkeypatch), model.hooks(edits, n_loops=3):
+        _, rec = model.run_with_cache(tokens, 3, names_filter=POST, loss_fn=loss)
+    with (checkpointed(model, True, monkeypatch), pytest.raises(RuntimeError, match=r"no gradient reaches"),
+          model.hooks(edits, n_loops=3)):
+        model.run_with_cache(tokens, 3, names_filter=POST, loss_fn=loss)
+    assert list(rec.gradients) == list(want.gradients)
+    for site in want:
+        torch.testing.assert_close(rec[site], want[site])
+        torch.testing.assert_close(rec.gradients[site], want.gradients[site])
+
+
 @kinds
 def test_edits_under_watch_too(reentrant: bool) -> None:
     class Saving(Looped):

@@ -66,7 +66,7 @@ def test_every_depth_agrees_with_layers_applied_by_hand(kind: Any, variant: str)
     with torch.no_grad():
         condition = model.condition(noised)
         _, rec = model.run_with_cache(noised, N_LOOPS)
-        rotary = (model.rotary_cos[:9], model.rotary_sin[:9])
+        rotary = model.rotary(9)
         for depth, (layer, _) in enumerate(topology.unrolled()):
             x = rec[topology.site_at(depth)]
             if kind == "coda":

@@ -29,7 +29,8 @@ def test_the_looped_forward_is_the_naive_loop_over_blocks(variant: str) -> None:
         looped = model(tokens, n_loops=5)
         condition = model.condition(tokens)
         pos = tokens.shape[1]
-        rotary = None if config.position == "learned" else (model.rotary_cos[:pos], model.rotary_sin[:pos])
+        rotary = None if config.position == "learned" else tuple(
+            table[:pos] for table in rotary_tables(config.max_seq_len, config.d_head, config.rotary_base))
         embedded = model.embed_tokens(tokens)
         x = embedded
         for layer in range(config.n_head_layers):

@@ -105,15 +105,18 @@ class LoopMDMForMaskedLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any,  # type: ignore[override]
                         config: LoopMDMPretrainedConfig | None = None, dtype: Any = None, torch_dtype: Any = None,
                         **kwargs: Any) -> LoopMDMForMaskedLM:
-        """A folder or a hub id, read by `HookedLoopMDM.from_pretrained`, with its checks and its messages."""
+        """A folder or a hub id, read by `HookedLoopMDM.from_pretrained`, with its checks and its messages.
+
+        ``dtype`` (a torch.dtype or its name) is that of the weights, by default float32.
+        """
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
                if key in kwargs}
         loaded = HookedLoopMDM.from_pretrained(str(pretrained_model_name_or_path), **hub)
         wrapped = cls(config or LoopMDMPretrainedConfig(**loaded.config.to_dict()))
         wrapped.model = loaded
         wanted = dtype if dtype is not None else torch_dtype
-        if isinstance(wanted, torch.dtype):
-            wrapped.model.to(wanted)
+        if wanted is not None:
+            wrapped.model.to(_precision(wanted))
         return wrapped.eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
@@ -121,6 +124,15 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         if getattr(self, "unrolled", None) is not None:
             raise ValueError("TransformerLens has taken this model apart: save the one it was made from.")
         self.model.save_pretrained(save_directory)
+
+
+def _precision(dtype: Any) -> torch.dtype:
+    """A dtype, given as such or by its name, as transformers takes it."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype or its name, not {dtype!r}; "
+                         "by default a model is loaded in float32.")
+    return found
 
 
 def register() -> None:

@@ -81,7 +81,7 @@ class UnrolledLoopMDM(nn.Module):
         else:
             raise ValueError("give the tokens (input_ids), or the residual stream that enters layer 0 (inputs_embeds).")
         condition = self._condition(input_ids, t)
-        embedded, rotary = x, self._rotary(x.shape[1])
+        embedded, rotary = x, self.looped.rotary(x.shape[1])
         for depth, layer in enumerate(self.layers):
             loop = self.loop_entered_at(depth)
             if loop is not None:
@@ -96,11 +96,6 @@ class UnrolledLoopMDM(nn.Module):
         return loop if past >= 0 and loop < self.n_loops and within == 0 else None
 
     # ------------------------------------------------------------------ private
-
-    def _rotary(self, pos: int) -> Rotary | None:
-        if self.looped.config.position == "learned":
-            return None
-        return self.looped.rotary_cos[:pos], self.looped.rotary_sin[:pos]
 
     def _fixed_condition(self) -> Condition:
         assert self.t is not None

@@ -112,7 +112,7 @@ def sample(model: LoopMDM, tokens: Int[Tensor, "batch pos"], config: SamplerConf
         t, s = 1 - step / config.n_steps, 1 - (step + 1) / config.n_steps
         masked = tokens == mask
         logits, loops_used = _denoise(model, tokens, config, t)
-        predicted, probability = _draw(logits, config.temperature, generator)
+        predicted, probability = _draw(logits, mask, config.temperature, generator)
         reveal = _chosen(masked, probability, 1 - s / t, config.order, generator)
         after = torch.where(reveal, predicted, tokens)
         trace.append(DenoisingStep(step, t, tokens, after, predicted, probability, loops_used))
@@ -129,13 +129,15 @@ def _denoise(model: LoopMDM, tokens: Tensor, config: SamplerConfig, t: float) ->
     return model(tokens, n_loops, t=t), torch.full((len(tokens),), n_loops, device=tokens.device)
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """A token per position, and its probability under the untempered prediction."""
-    probabilities = logits.float().softmax(-1)
+def _draw(logits: Tensor, mask: int, temperature: float,
+          generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A token per position, never the mask, and its probability under the untempered prediction."""
+    logits = logits.float().index_fill(-1, torch.tensor([mask], device=logits.device), -torch.inf)
+    probabilities = logits.softmax(-1)
     if temperature == 0:
         predicted = probabilities.argmax(-1)
     else:
-        tempered = (logits.float() / temperature).softmax(-1).flatten(0, 1)
+        tempered = (logits / temperature).softmax(-1).flatten(0, 1)
         predicted = torch.multinomial(tempered, 1, generator=generator).view(logits.shape[:2])
     return predicted, probabilities.gather(-1, predicted[..., None])[..., 0]
 

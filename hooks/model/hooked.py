@@ -2,7 +2,8 @@
 
 Signatures, names and defaults follow TransformerLens' HookedTransformer. Sites that
 cannot fire are refused before the run; hooks that should have fired and did not are an
-error after it; hooks are always removed. A model is held by one thread at a time.
+error after it; hooks are always removed. A model is held by one thread at a time, and a
+forward of it inside another one (in a hook, for example) is refused.
 
     model = HookedLoopMDM.from_pretrained("zoo/automaton-loop")
     logits, rec = model.run_with_cache(tokens, n_loops=8, names_filter="blocks.*.hook_resid_post")
@@ -110,7 +111,8 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
             logits = self(tokens, n_loops, t=t)
             topology = self.config.topology(self.clock.ran)
             if loss_fn is not None:
-                loss_fn(logits).backward()
+                with self.clock.calling("run_with_cache's loss_fn, or the backward pass after it"):
+                    loss_fn(logits).backward()
         names = {site.name: space.names[site.name] for site in sites}
         return logits, recorder.recording(names, topology)
 
@@ -319,10 +321,11 @@ def _on_backward(fn: HookFunction) -> HookFunction:
             raise RuntimeError(f"no gradient reaches {hook.site}: run the forward with gradients enabled, "
                                "outside torch.no_grad() and with parameters that require them.")
         frozen = HookPoint(hook.name, type(hook.clock)(), hook.looped)
-        frozen.clock.loop = hook.clock.loop
+        clock, frozen.clock.loop = hook.clock, hook.clock.loop
 
         def on_gradient(gradient: Tensor) -> Tensor | None:
-            returned = fn(gradient, hook=frozen)
+            with clock.calling(f"the backward hook at {frozen.site}"):
+                returned = fn(gradient, hook=frozen)
             return None if returned is None else replacing(returned, gradient, f"{frozen.site} (gradient)")
 
         activation.register_hook(on_gradient)

@@ -45,7 +45,8 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         if self.hook_scale.entries and self.hook_scale.wanted():
             centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
-            scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            squares = centred.to(torch.promote_types(x.dtype, torch.float32)).pow(2)  # float16 overflows at 256²
+            scale = self.hook_scale((squares.mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype))
             return self.hook_normalized(centred / scale * self.weight)
         if self.kind == "layer":
             return self.hook_normalized(F.layer_norm(x, (self.width,), self.weight, None, self.eps))

@@ -31,8 +31,9 @@ from hooks.plan import Pass, Plan, Replan, run, space_of, straight
 from hooks.sites import SiteSpace
 from hooks.topology import Topology
 
-MASK_LOGIT = -1e6
-"""Added to the mask token's logit: a denoiser never predicts the mask (2406.07524)."""
+MASK_LOGIT = -2.0 ** 15
+"""Added to the mask token's logit: a denoiser never predicts the mask (2406.07524, with −10⁶ there). float16 and
+bfloat16 hold this number exactly, and its exponential is 0 in every precision."""
 
 FOR_TRANSFORMERS: dict[str, Any] = {"model_type": "loopmdm", "architectures": ["LoopMDMForMaskedLM"]}
 """What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.bridges.hf`)."""
@@ -141,8 +142,6 @@ class LoopMDM(nn.Module):
     """
 
     position_ids: Int[Tensor, "group pos"]
-    rotary_cos: Float[Tensor, "pos d_head"]
-    rotary_sin: Float[Tensor, "pos d_head"]
     mask_bias: Float[Tensor, "vocab"]
 
     def __init__(self, config: LoopMDMConfig):
@@ -152,7 +151,8 @@ class LoopMDM(nn.Module):
         self.hook_points: dict[str, HookPoint] = {}
         self.replans: tuple[Replan, ...] = ()  # edits of the order of loops and layers, set by HookedLoopMDM.hooks
         self._spaces: dict[int, SiteSpace] = {}
-        self._rotary_cut: tuple[Tensor, int, Rotary] | None = None
+        self._rotary_tables: Rotary | None = None  # no buffers, which a model that was narrowed would keep rounded
+        self._rotary_cut: tuple[Tensor, Rotary] | None = None
         self._lock = threading.RLock()
         d = config.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
@@ -163,10 +163,6 @@ class LoopMDM(nn.Module):
             self.pos_embed.extend(nn.Embedding(max(group) + 1, d) for group in groups)
             self.register_buffer("position_ids", torch.tensor(groups), persistent=False)
             self.hook_pos_embed = self._point("hook_pos_embed")
-        if config.position != "learned":
-            cos, sin = rotary_tables(config.max_seq_len, config.d_head, config.rotary_base)
-            self.register_buffer("rotary_cos", cos, persistent=False)
-            self.register_buffer("rotary_sin", sin, persistent=False)
         self.time_embed = TimestepEmbedding(config.d_cond) if config.conditioned else None
         self.blocks = nn.ModuleList(self._block(layer) for layer in range(config.n_head_layers))
         self.hook_loop_in = self._point("hook_loop_in", looped=True)
@@ -210,9 +206,10 @@ class LoopMDM(nn.Module):
 
         ``n_loops`` defaults to ``config.max_loops``. ``t`` in (0, 1] is the noise level, read only
         by models conditioned on time; by default it is the share of masked positions.
-        Raises ValueError for a bad shape, a token outside the vocabulary, or n_loops < 1.
+        Raises ValueError for a bad shape, a token outside the vocabulary, or n_loops < 1, and RuntimeError
+        for a forward inside a forward of the same model (in a hook, for example).
         """
-        with self._lock:
+        with self.running():
             tokens, n_loops = self._checked(tokens, n_loops)
             condition = self.condition(tokens, t)
             x = embedded = self.embed_tokens(tokens)
@@ -239,10 +236,11 @@ class LoopMDM(nn.Module):
 
         Norms are taken over positions and d_model together. An example that has stopped keeps its
         state while the others go on. ``loops_used`` [batch] counts the loops applied to each.
+        Raises what `forward` raises.
         """
         if not threshold >= 0:
             raise ValueError(f"threshold must be a relative change of at least 0, not {threshold}.")
-        with self._lock:
+        with self.running():
             if self.replans:
                 raise ValueError("loops are skipped, repeated or swapped by an edit, and adaptive looping decides by "
                                  "itself which loops run: use a fixed n_loops.")
@@ -250,11 +248,13 @@ class LoopMDM(nn.Module):
             condition = self.condition(tokens, t)
             embedded = self.embed_tokens(tokens)
             x = self.head(embedded, condition)
+            wide = torch.promote_types(x.dtype, torch.float32)  # a norm overflows float16 before a state does
             running = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
             used = torch.zeros(len(tokens), dtype=torch.long, device=x.device)
             for k in range(max_loops):
                 new = self.loop(x, k, embedded, condition)
-                change = (new - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-12)
+                moved, length = (y.flatten(1).to(wide).norm(dim=1) for y in (new - x, x))
+                change = moved / length.clamp_min(1e-12)
                 x = torch.where(running[:, None, None], new, x)
                 used += running
                 running = running & (change >= threshold)
@@ -303,6 +303,8 @@ class LoopMDM(nn.Module):
                    index: int) -> Float[Tensor, "batch pos d_model"]:
         """What the first layer of loop ``k`` reads: the state, with injection and the embedding of loop ``index``."""
         config = self.config
+        if self.clock.within is not None:
+            self.clock.refuse_inside()
         self.clock.loop = k
         x = self.hook_loop_in(x)
         if config.input_injection == "add":
@@ -330,6 +332,20 @@ class LoopMDM(nn.Module):
         weight = self.embed.weight if self.unembed_weight is None else self.unembed_weight
         return F.linear(x, weight, self.unembed_bias + self.mask_bias)
 
+    def rotary(self, pos: int) -> Rotary | None:
+        """cos and sin of the first ``pos`` positions, each [pos, d_head], in the precision and on the device of the
+        weights; None for a model without rotary positions. They are made anew only where they would change."""
+        if self.config.position == "learned":
+            return None
+        weight, tables, cut = self.embed.weight, self._rotary_tables, self._rotary_cut
+        if tables is None or tables[0].dtype is not weight.dtype or tables[0].device != weight.device:
+            with torch.inference_mode(False), torch.device("cpu"):  # to be differentiated through later, and exact
+                cos, sin = rotary_tables(self.config.max_seq_len, self.config.d_head, self.config.rotary_base)
+                self._rotary_tables = tables = cos.to(weight.device, weight.dtype), sin.to(weight.device, weight.dtype)
+        if cut is None or cut[0] is not tables[0] or len(cut[1][0]) != pos:
+            self._rotary_cut = cut = tables[0], (tables[0][:pos], tables[1][:pos])
+        return cut[1]
+
     # ------------------------------------------------------- where it can be seen
 
     def site_space(self, n_loops: int | None = None) -> SiteSpace:
@@ -355,6 +371,14 @@ class LoopMDM(nn.Module):
         with self._lock:
             yield
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the model for one forward; RuntimeError if this thread is inside one already."""
+        if not torch.compiler.is_compiling():
+            self.clock.refuse_inside()  # before waiting: a backward pass may call its hooks from a thread of its own
+        with self._lock, self.clock.forward():
+            yield
+
     # ------------------------------------------------------------------ private
 
     def _point(self, name: str, looped: bool = False) -> HookPoint:
@@ -369,20 +393,11 @@ class LoopMDM(nn.Module):
         return range(self.config.n_head_layers, self.config.n_head_layers + self.config.n_loop_layers)
 
     def _layers(self, x: Tensor, layers: Sequence[int], condition: Tensor | None) -> Tensor:
-        rotary = self._rotary(x.shape[1])
+        rotary = self.rotary(x.shape[1])
         blocks = list(self.blocks)  # indexing a ModuleList costs more than the hook points do
         for layer in layers:
             x = blocks[layer](x, rotary, condition)
         return x
-
-    def _rotary(self, pos: int) -> Rotary | None:
-        """The rotary tables of the first ``pos`` positions, cut anew only where they would change."""
-        if self.config.position == "learned":
-            return None
-        cos = self.rotary_cos
-        if (cut := self._rotary_cut) is None or cut[0] is not cos or cut[1] != pos:
-            self._rotary_cut = cut = cos, pos, (cos[:pos], self.rotary_sin[:pos])
-        return cut[2]
 
     def _checked_loops(self, n_loops: int | None) -> int:
         n_loops = self.config.max_loops if n_loops is None else n_loops
