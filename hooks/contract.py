@@ -29,7 +29,8 @@ from hooks.sites import SitePattern, SiteSpace
 from hooks.topology import Topology
 
 Inputs = Any
-"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name."""
+"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name.
+Padded sequences are a mapping of ``input_ids`` and ``attention_mask``: padding is never scored."""
 
 State = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch pos vocab"]

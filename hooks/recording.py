@@ -47,11 +47,12 @@ def axes_of(name: str) -> tuple[str, ...]:
     return _AXES.get(".".join(parts[-2:])) or _AXES.get(parts[-1]) or ("batch", "pos", "d_model")
 
 
-def positions(tokens: Tensor, mask_token_id: int, only: str) -> Tensor:
-    """The masked or the visible positions of ``tokens``, boolean [batch, pos]."""
+def positions(tokens: Tensor, mask_token_id: int, only: str, *, real: Tensor | None = None) -> Tensor:
+    """The masked or the visible positions of ``tokens``, boolean [batch, pos], among the ``real`` ones if given."""
     if only not in ("masked", "visible"):
         raise ValueError(f"only must be 'masked' or 'visible', not {only!r}.")
-    return (tokens == mask_token_id) == (only == "masked")
+    chosen = (tokens == mask_token_id) == (only == "masked")
+    return chosen if real is None else chosen & real
 
 
 class Recorder:
