@@ -22,7 +22,7 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-study: $(STAMP)  ## ask the headline question of the bundled models again
+study: $(STAMP)  ## measure again what the loops of the bundled models have in common, and whether content advances
 	$(BIN)/python studies/rerun.py
 
 bench: $(STAMP)  ## speed and memory against the peers
@@ -37,4 +37,4 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $(STAMP)
 
 clean:  ## remove what was set up
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) *.egg-info build dist

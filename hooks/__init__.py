@@ -14,8 +14,9 @@ from hooks.foreign.loopify import loopify
 from hooks.foreign.schedules import Schedule
 from hooks.foreign.watching import watch
 from hooks.hook_points import HookPoint
+from hooks.model.config import LoopMDMConfig
 from hooks.model.hooked import HookedLoopMDM
-from hooks.model.loopmdm import AdaptiveOutput, LoopMDM, LoopMDMConfig
+from hooks.model.loopmdm import AdaptiveOutput, LoopMDM
 from hooks.recording import Recording
 from hooks.sites import Site, SiteError, SiteSpace
 from hooks.topology import Topology

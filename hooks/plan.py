@@ -102,11 +102,11 @@ def straight(n_loops: int, layers: Sequence[int]) -> Plan:
     return tuple(Pass(k, tuple(layers)) for k in range(n_loops))
 
 
-def run(model: LoopMDM, plan: Plan, x: Tensor, embedded: Tensor, condition: Tensor | None,
+def run(model: LoopMDM, plan: Plan, x: Tensor, injected: Tensor, condition: Tensor | None,
         real: Tensor | None = None) -> Tensor:
     """All passes of ``plan`` on the state ``x`` [batch, pos, d_model]."""
     for k, step in enumerate(plan):
-        x = _run_pass(model, step, k, x, embedded, condition, real)
+        x = _run_pass(model, step, k, x, injected, condition, real)
     return x
 
 
@@ -123,13 +123,13 @@ def _fires(name: str, step: Pass) -> bool:
     return int(parts[1]) in step.layers if parts[0] == "blocks" else bool(step.layers)
 
 
-def _run_pass(model: LoopMDM, step: Pass, k: int, x: Tensor, embedded: Tensor, condition: Tensor | None,
+def _run_pass(model: LoopMDM, step: Pass, k: int, x: Tensor, injected: Tensor, condition: Tensor | None,
               real: Tensor | None) -> Tensor:
-    out = model.loop(x, k, embedded, condition, real, step=step) if step.layers else x
+    out = model.loop(x, k, injected, condition, real, step=step) if step.layers else x
     for where, other in step.instead:
         muted, model.clock.muted = model.clock.muted, True
         try:
-            new = _run_pass(model, other, k, x, embedded, condition, real)
+            new = _run_pass(model, other, k, x, injected, condition, real)
         finally:
             model.clock.muted = muted
         out = torch.where(where.mask(out, ("batch", "pos", "d_model")), new, out)

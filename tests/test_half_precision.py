@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hooks import HookedLoopMDM
-from hooks.diffusion import SamplerConfig, nelbo, sample
-from hooks.hf import LoopMDMForMaskedLM
-from hooks.loopmdm import MASK_LOGIT
+from hooks.bridges.hf import LoopMDMForMaskedLM
+from hooks.model.diffusion import SamplerConfig, nelbo, sample
+from hooks.model.loopmdm import MASK_LOGIT
 from probes.lenses import LENSES, LensKind, read_lens
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 

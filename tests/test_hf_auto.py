@@ -152,7 +152,7 @@ def test_refusals(folder):
 
 
 def test_transformers_is_imported_only_when_asked_for():
-    code = ("import sys, hooks, hooks.unroll, hooks.bridges.interop, hooks.bridges.checkpoints; "
+    code = ("import sys, hooks, hooks.bridges.unroll, hooks.bridges.interop, hooks.bridges.checkpoints; "
             "print([m for m in ('transformers', 'transformer_lens') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

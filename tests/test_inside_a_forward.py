@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hooks import HookedLoopMDM
-from hooks.denoising import record_sampling
-from hooks.diffusion import SamplerConfig, sample
 from hooks.edits import skip_loop
+from hooks.model.diffusion import SamplerConfig, sample
+from hooks.model.sampling import record_sampling
 from tests.small import small_model, small_tokens
 
 SITE = "blocks.1.hook_resid_post"
@@ -31,6 +31,7 @@ RUNS: dict[str, Callable[[HookedLoopMDM], Any]] = {
     "sampled": lambda model: sample(model, OTHERS, SamplerConfig(n_steps=2)),
     "sampled and recorded": lambda model: record_sampling(model, OTHERS, SamplerConfig(n_steps=2),
                                                           lambda step, rec: None, names_filter=SITE),
+    "one layer": lambda model: model.apply(1, *model.enter(OTHERS, 2)),
     "one loop": lambda model: model.loop(torch.zeros(3, 9, 16), 0, torch.zeros(3, 9, 16)),
 }
 """Every way to run a model."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooks import HookedLoopMDM
 from hooks.edits import ablate, edit, freeze, skip_loop, swap_layers
-from hooks.model.diffusion import SamplerConfig, corrupt, nelbo, sample
+from hooks.model.diffusion import SamplerConfig, corrupt, corrupt_exactly, nelbo, sample
 from hooks.model.sampling import record_sampling
 from probes.attention import patterns
 from probes.lenses import read_lens
@@ -212,6 +212,8 @@ def test_padding_is_never_corrupted_and_carries_no_loss() -> None:
     t = torch.tensor([1.0, 0.5, 0.7, 0.9])
     noised = corrupt(clean, t, MASK, attention_mask=mask, generator=torch.Generator().manual_seed(1))
     assert torch.equal(noised[mask == 0], clean[mask == 0])
+    exactly = corrupt_exactly(clean, torch.ones(4), MASK, free=free, attention_mask=mask)
+    assert torch.equal(exactly == MASK, free & (mask == 1))
     noised = noised.masked_fill(mask == 0, MASK)  # padding may be written as the mask
     logits = torch.randn(4, 9, 7, generator=torch.Generator().manual_seed(2))
     for given in (None, free):

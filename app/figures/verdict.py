@@ -1,6 +1,6 @@
-"""Figure of the evidence: every measure on its own axis, the LoopMDM beside its controls, with intervals.
+"""Figure of what was measured: every measure on its own axis, the LoopMDM beside its controls, with intervals.
 
-    figure = evidence(verdict["table"], verdict["subjects"], section="operation")
+    figure = evidence(verdict["table"], verdict["subjects"])
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ ROW_PX = 34
 
 
 def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> go.Figure:
-    """Dots with 95% intervals, one strip per measure, one line per subject that was measured."""
-    shown = [[s for s in subjects if s in row] for row in table]
+    """Dots with intervals, one strip per measure, one line per subject that has a value; untrained models as dots.
+
+    Every row of ``table`` must have a value of at least one subject.
+    """
+    shown = [[s for s in subjects if "value" in row.get(s, {})] for row in table]
     heights = [len(here) + 1.6 for here in shown]
     total = int(ROW_PX * 0.62 * sum(heights)) + 90
     figure = make_subplots(len(table), 1, row_heights=heights,
@@ -38,6 +41,11 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
                          "arrayminus": [cell["value"] - cell["low"]], "color": colour, "thickness": 2, "width": 5},
                 hovertemplate=f"{text}<extra>{row['measure']}</extra>"), row=i, col=1)
             named.add(subject)
+            if each := cell.get("each"):
+                figure.add_trace(go.Scatter(
+                    x=each, y=[y] * len(each), mode="markers", name=subjects[subject], legendgroup=subject,
+                    showlegend=False, marker={"color": colour, "size": 6, "symbol": "line-ns-open"},
+                    hovertemplate=f"one of {len(each)}: %{{x:.3f}}<extra>{row['measure']}</extra>"), row=i, col=1)
         figure.update_yaxes(range=[len(here) - 0.4, -0.6], row=i, col=1)
         low, high = (pick(row[s][end] for s in here) for pick, end in ((min, "low"), (max, "high")))
         anchor = 1.0 if "ratio" in str(row["measure"]) else 0.0
@@ -49,7 +57,7 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
     figure.update_annotations(x=0, xanchor="left", font={"size": 12.5})
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
     figure.update_xaxes(tickfont={"size": 10}, zeroline=False)
-    figure.update_xaxes(title_text="value (pure number), dot and 95% interval over examples", row=len(table))
+    figure.update_xaxes(title_text="value (pure number), dot and interval", row=len(table))
     figure.update_layout(margin={"l": 16, "r": 16, "t": 92, "b": 44},
                          legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from hooks.model.config import FOR_TRANSFORMERS, LoopMDMConfig
 from hooks.model.hooked import HookedLoopMDM
-from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDMConfig
 
 
 class LoopMDMPretrainedConfig(PretrainedConfig):
@@ -109,7 +109,7 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         """
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
                if key in kwargs}
-        loaded = HookedLoopMDM.from_pretrained(str(pretrained_model_name_or_path), **hub)
+        loaded = HookedLoopMDM.from_pretrained(pretrained_model_name_or_path, **hub)
         wrapped = cls(config or LoopMDMPretrainedConfig(**loaded.config.to_dict()))
         wrapped.model = loaded
         wanted = dtype if dtype is not None else torch_dtype

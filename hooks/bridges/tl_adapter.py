@@ -43,8 +43,9 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 from hooks.bridges.unroll import LoopEntry, UnrolledAttention, UnrolledLoopMDM
 from hooks.bridges.weight_views import Readout
+from hooks.model.config import LoopMDMConfig
 from hooks.model.layers import Rotary
-from hooks.model.loopmdm import LoopMDM, LoopMDMConfig
+from hooks.model.loopmdm import LoopMDM
 
 ARCHITECTURE = "LoopMDMForMaskedLM"
 
@@ -281,7 +282,7 @@ class LoopEntryBridge(GeneralizedComponent):
 
     def __init__(self, name: str, config: LoopMDMConfig):
         super().__init__(name)
-        if config.input_injection == "add":
+        if config.input_injection != "none":
             self.hook_injection = HookPoint()
         if config.loop_embedding == "learned":
             self.hook_loop_embed = HookPoint()
@@ -291,12 +292,12 @@ class LoopEntryBridge(GeneralizedComponent):
         self.is_list_item = False  # one per loop, but no layer: TransformerLens counts lists of list items as blocks
 
     def forward(self, hidden_states: Float[Tensor, "batch pos d_model"],  # type: ignore[override]
-                embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+                injected: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         entry = self.original_component
         assert isinstance(entry, LoopEntry)
         hooks = {name: self._modules[f"hook_{name}"] for name in ("injection", "loop_embed")
                  if f"hook_{name}" in self._modules}
-        return self.hook_out(entry(self.hook_in(hidden_states), embedded, **hooks))
+        return self.hook_out(entry(self.hook_in(hidden_states), injected, **hooks))
 
 
 class ReadoutBridge(UnembeddingBridge):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,8 +32,10 @@ from torch import Tensor
 from hooks.contract import HookList, Kind, Levels, LoopedModel
 from hooks.edits import PlanEdit, attachments
 from hooks.hook_points import Attached, HookFunction, HookPoint, replacing
+from hooks.location import located
+from hooks.model.config import FOR_TRANSFORMERS, LoopMDMConfig
 from hooks.model.inputs import AttentionMask, Tokens, masked_in, real_positions, take
-from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
+from hooks.model.loopmdm import LoopMDM
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
 from hooks.topology import Topology
@@ -46,14 +49,14 @@ class RunContext:
     """What the layers of one run need besides the state."""
 
     topology: Topology
-    embedded: Float[Tensor, "batch pos d_model"]
+    injected: Float[Tensor, "batch pos d_model"]     # what input injection adds at each loop
     condition: Float[Tensor, "batch d_cond"] | None
     real: Bool[Tensor, "batch pos"] | None = None   # positions that are no padding; None: all
 
     def rows(self, index: Int[Tensor, "row"]) -> RunContext:
-        index = index.to(self.embedded.device)
+        index = index.to(self.injected.device)
         condition, real = (None if part is None else part[index] for part in (self.condition, self.real))
-        return RunContext(self.topology, self.embedded[index], condition, real)
+        return RunContext(self.topology, self.injected[index], condition, real)
 
 
 class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="loopscope",
@@ -222,8 +225,9 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                 raise ValueError("loops are skipped, repeated or swapped by an edit, and enter() begins a run of the "
                                  "layers in their own order: leave the edit's block first.")
             tokens, n_loops, real = self._entering(inputs, n_loops, attention_mask)
-            embedded = self.embed_tokens(tokens, real)
-            return embedded, RunContext(self.config.topology(n_loops), embedded, self.condition(tokens, t, real), real)
+            condition, embedded = self.condition(tokens, t, real), self.embed_tokens(tokens, real)
+            injected = self._injected(embedded, condition, real)
+            return embedded, RunContext(self.config.topology(n_loops), injected, condition, real)
 
     def apply(self, depth: Any, state: Any = None, context: Any = None) -> Any:
         """The layer at ``depth`` on ``state`` [batch, pos, d_model]; ``apply(fn)`` is still that of ``nn.Module``."""
@@ -235,15 +239,26 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
         layer, loop = topology.unrolled()[depth]
         with self.exclusive():
             if loop is not None:
+                self.clock.refuse_inside()
                 self.clock.loop = loop
                 if (depth - topology.n_head) % topology.n_mid == 0:
-                    state = self.loop_input(state, loop, context.embedded, index=loop)
+                    state = self.loop_input(state, loop, context.injected, index=loop)
             return self._layers(state, (layer,), context.condition, context.real)
 
     def read(self, state: Float[Tensor, "batch pos d_model"],
              context: RunContext) -> Float[Tensor, "batch pos vocab"]:
         with self.exclusive():
             return self.unembed(state, context.condition)
+
+    def _injected(self, embedded: Tensor, condition: Tensor | None, real: Tensor | None) -> Tensor:
+        """What input injection adds in a run; the head is run for it once more where its output is injected, unseen."""
+        if self.config.input_injection != "head":
+            return embedded
+        muted, self.clock.muted = self.clock.muted, True
+        try:
+            return self.injected(embedded, self.head(embedded, condition, real))
+        finally:
+            self.clock.muted = muted
 
     def scored(self, inputs: Tokens) -> Bool[Tensor, "batch pos"]:
         return masked_in(inputs, self.config.mask_token_id)
@@ -272,12 +287,15 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> HookedLoopMDM:
         """Load config.json and model.safetensors from a folder or a hub id, in eval mode.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or does not fit.
+        Raises FileNotFoundError (or NotADirectoryError) for a folder that is not there, before the hub is asked
+        (`hooks.location`), and these or ValueError naming the file that is missing, damaged or does not fit.
         ``options`` are those of huggingface_hub's mixin (revision, cache_dir, token, map_location …).
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the mixin reads config.json itself
+            return super().from_pretrained(located(pretrained_model_name_or_path), **options)
+        except LocalEntryNotFoundError as error:  # the mixin fetches config.json itself, and reads it
+            raise _not_fetched(pretrained_model_name_or_path, error) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{pretrained_model_name_or_path}/config.json is not JSON ({error}): "
                              "copy or download it again.") from error
 
@@ -297,8 +315,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                 return Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token,
                                             force_download=force_download, local_files_only=local_files_only))
             except Exception as error:
-                raise FileNotFoundError(f"{model_id!r} is neither a folder here nor a model that could be fetched "
-                                        f"from the hub ({type(error).__name__}: {error})") from error
+                raise _not_fetched(model_id, error) from error
 
         config = model_kwargs.get("config")
         if not isinstance(config, LoopMDMConfig):
@@ -335,6 +352,11 @@ def _on_backward(fn: HookFunction) -> HookFunction:
 
         activation.register_hook(on_gradient)
     return call
+
+
+def _not_fetched(model_id: str | Path, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(f"'{model_id}' is neither a folder here nor a model that could be fetched from the hub "
+                             f"({type(error).__name__}: {error})")
 
 
 def _replace(path: Path, write: Callable[[str], Any]) -> None:

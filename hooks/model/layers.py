@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from hooks.hook_points import HookPoint
 
 if TYPE_CHECKING:
-    from hooks.model.loopmdm import LoopMDMConfig
+    from hooks.model.config import LoopMDMConfig
 
 Points = Callable[[str], HookPoint]
 Rotary = tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]

@@ -3,8 +3,8 @@
     H(0) = head(tokens),  H(k) = mid(H(k−1)) for k = 1..S,  logits = tail(H(S))
 
 The mid layers share their weights over the S loops, so S is a compute knob at inference.
-Configuration and forward pass; `hooks.model.hooked` records and edits it, `hooks.model.diffusion` trains and
-samples it.
+The forward pass alone: `hooks.model.config` shapes it, `hooks.model.hooked` records and edits it,
+`hooks.model.diffusion` corrupts and samples.
 
     model = LoopMDM(LoopMDMConfig(vocab_size=3, mask_token_id=2, max_seq_len=96))
     logits = model(tokens, n_loops=16)                        # [batch, pos, vocab]
@@ -14,10 +14,9 @@ samples it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,105 +25,15 @@ from torch.nn import functional as F
 
 from hooks.checkpointing import guard_recomputation, may_be_checkpointed, recomputing
 from hooks.hook_points import HookPoint, LoopClock
+from hooks.model.config import LoopMDMConfig
 from hooks.model.inputs import AttentionMask, Tokens, as_given, real_positions, take
 from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
 from hooks.sites import SiteSpace
-from hooks.topology import Topology
 
 MASK_LOGIT = -2.0 ** 15
 """Added to the mask token's logit: a denoiser never predicts the mask (2406.07524, with −10⁶ there). float16 and
 bfloat16 hold this number exactly, and its exponential is 0 in every precision."""
-
-FOR_TRANSFORMERS: dict[str, Any] = {"model_type": "loopmdm", "architectures": ["LoopMDMForMaskedLM"]}
-"""What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.bridges.hf`)."""
-
-
-@dataclass(frozen=True)
-class LoopMDMConfig:
-    """Everything that shapes a LoopMDM. Illegal combinations raise ValueError here."""
-
-    vocab_size: int                  # number of tokens, the mask included
-    mask_token_id: int               # which of them is the mask
-    max_seq_len: int                 # longest sequence the model accepts
-    d_model: int = 64                # width of the residual stream
-    n_heads: int = 4                 # attention heads; must divide d_model
-    d_mlp: int = 256                 # hidden width of the MLP
-    n_head_layers: int = 1           # layers before the loop, run once
-    n_loop_layers: int = 2           # looped layers, sharing weights over loops
-    n_tail_layers: int = 1           # layers after the loop, run once
-    max_loops: int = 8               # S_max: training draws S from 1..S_max; 1 is an unlooped model
-    position: Literal["rotary", "learned", "both"] = "rotary"
-    rotary_base: float = 10_000.0    # base of the rotary wavelengths
-    position_groups: tuple[tuple[int, ...], ...] = ()  # learned positions as a sum of tables, each
-    #                                  indexed by one group id per position (row, column, box); () = one per position
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    qk_norm: bool = True             # RMS-normalise queries and keys per head
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    time_conditioning: Literal["none", "t", "sigma", "constant"] = "none"  # adaLN on t, on −log(1−t), on 0
-    d_cond: int = 128                # width of the timestep embedding, where there is one
-    input_injection: Literal["none", "add"] = "none"   # add the token embedding again at each loop
-    loop_embedding: Literal["none", "learned"] = "none"  # add a vector per loop index (the last one beyond S_max)
-    tie_embeddings: bool = False     # unembed with the embedding's transpose
-
-    def __post_init__(self) -> None:
-        for field in ("vocab_size", "max_seq_len", "d_model", "n_heads", "d_mlp", "n_loop_layers", "max_loops"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
-        for field in ("n_head_layers", "n_tail_layers"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} must be at least 0, not {getattr(self, field)}.")
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id {self.mask_token_id} is outside the vocabulary 0..{self.vocab_size - 1}; "
-                             "vocab_size counts the mask token too.")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}.")
-        if self.position != "learned" and self.d_head % 2:
-            raise ValueError(f"rotary positions need an even head width; d_model / n_heads is {self.d_head}.")
-        for field, allowed in (("position", ("rotary", "learned", "both")), ("norm", ("rms", "layer")),
-                               ("mlp", ("gelu", "swiglu")), ("input_injection", ("none", "add")),
-                               ("loop_embedding", ("none", "learned")),
-                               ("time_conditioning", ("none", "t", "sigma", "constant"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}.")
-        if any(len(group) != self.max_seq_len for group in self.position_groups):
-            raise ValueError(f"each of position_groups needs one id per position, {self.max_seq_len} in all.")
-        if self.position_groups and self.position == "rotary":
-            raise ValueError("position_groups are learned positions: set position='learned' or 'both'.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoopMDMConfig:
-        """Build from JSON. Raises ValueError for unknown or missing keys, naming them."""
-        values = {key: value for key, value in values.items() if FOR_TRANSFORMERS.get(key) != value}
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown configuration keys {unknown}; known ones are {sorted(known)}.")
-        if missing := sorted({"vocab_size", "mask_token_id", "max_seq_len"} - set(values)):
-            raise ValueError(f"configuration keys {missing} are missing.")
-        groups = tuple(tuple(group) for group in values.get("position_groups", ()))
-        return cls(**{**values, "position_groups": groups})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def d_head(self) -> int:
-        return self.d_model // self.n_heads
-
-    @property
-    def n_layers(self) -> int:
-        """Physical layers, n_head + n_loop + n_tail."""
-        return self.n_head_layers + self.n_loop_layers + self.n_tail_layers
-
-    @property
-    def conditioned(self) -> bool:
-        return self.time_conditioning != "none"
-
-    def topology(self, n_loops: int | None = None) -> Topology:
-        """The unrolled layout for ``n_loops`` loops (default: max_loops)."""
-        return Topology(self.n_head_layers, self.n_loop_layers, self.n_tail_layers,
-                        self.max_loops if n_loops is None else n_loops)
 
 
 class AdaptiveOutput(NamedTuple):
@@ -167,8 +76,10 @@ class LoopMDM(nn.Module):
         self.time_embed = TimestepEmbedding(config.d_cond) if config.conditioned else None
         self.blocks = nn.ModuleList(self._block(layer) for layer in range(config.n_head_layers))
         self.hook_loop_in = self._point("hook_loop_in", looped=True)
-        if config.input_injection == "add":
+        if config.input_injection != "none":
             self.hook_injection = self._point("hook_injection", looped=True)
+        if config.input_injection == "head":
+            self.injection_gate = nn.Parameter(torch.zeros(d))
         if config.loop_embedding == "learned":
             self.loop_embed = nn.Embedding(config.max_loops, d)
             self.hook_loop_embed = self._point("hook_loop_embed", looped=True)
@@ -217,8 +128,7 @@ class LoopMDM(nn.Module):
         with self.running():
             tokens, n_loops, real = self._entering(tokens, n_loops, attention_mask)
             condition = self.condition(tokens, t, real)
-            x = embedded = self.embed_tokens(tokens, real)
-            x = self.head(x, condition, real)
+            x, injected = self.begin(tokens, condition, real)
             if replans := self.replans:
                 plan = self.plan(n_loops)
                 if recomputing() and not self.clock.edits_again(replans):
@@ -228,10 +138,10 @@ class LoopMDM(nn.Module):
                 if may_be_checkpointed():
                     guard_recomputation("loops or layers skipped, repeated or swapped", lambda: self.replans is replans,
                                         around=lambda: self.clock.repeating(replans, 0))
-                x, n_loops = run(self, plan, x, embedded, condition, real), len(plan)
+                x, n_loops = run(self, plan, x, injected, condition, real), len(plan)
             else:
                 for k in range(n_loops):
-                    x = self.loop(x, k, embedded, condition, real)
+                    x = self.loop(x, k, injected, condition, real)
             self.clock.finish(n_loops, n_loops)
             return self.tail(x, condition, real)
 
@@ -252,13 +162,12 @@ class LoopMDM(nn.Module):
                                  "itself which loops run: use a fixed n_loops.")
             tokens, max_loops, real = self._entering(tokens, max_loops, attention_mask)
             condition = self.condition(tokens, t, real)
-            embedded = self.embed_tokens(tokens, real)
-            x = self.head(embedded, condition, real)
+            x, injected = self.begin(tokens, condition, real)
             wide = torch.promote_types(x.dtype, torch.float32)  # a norm overflows float16 before a state does
             running = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
             used = torch.zeros(len(tokens), dtype=torch.long, device=x.device)
             for k in range(max_loops):
-                new = self.loop(x, k, embedded, condition, real)
+                new = self.loop(x, k, injected, condition, real)
                 compared = new - x, x
                 if real is not None:
                     compared = compared[0] * real[..., None], compared[1] * real[..., None]
@@ -299,23 +208,39 @@ class LoopMDM(nn.Module):
         level = 1000 * t if kind == "t" else -torch.log1p(-t.clamp(max=1 - 1e-4)) if kind == "sigma" else 0 * t
         return self.time_embed(level)
 
+    def begin(self, tokens: Int[Tensor, "batch pos"], condition: Float[Tensor, "batch d_cond"] | None = None,
+              real: Bool[Tensor, "batch pos"] | None = None,
+              ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
+        """The state that enters the loops, H(0), and what input injection adds to it at each of them."""
+        embedded = self.embed_tokens(tokens, real)
+        x = self.head(embedded, condition, real)
+        return x, self.injected(embedded, x)
+
+    def injected(self, embedded: Float[Tensor, "batch pos d_model"],
+                 x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What `loop` adds at each loop: ``embedded``, or the head's output ``x``, normalised and gated."""
+        if self.config.input_injection != "head":
+            return embedded
+        normalise = F.layer_norm if self.config.norm == "layer" else F.rms_norm
+        return self.injection_gate * normalise(x, (self.config.d_model,), eps=self.config.norm_eps)
+
     def head(self, x: Float[Tensor, "batch pos d_model"], condition: Float[Tensor, "batch d_cond"] | None = None,
              real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
         """The layers before the loop. Here and below, ``real`` positions are the ones that are attended to."""
         return self._layers(x, range(self.config.n_head_layers), condition, real)
 
-    def loop(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"],
+    def loop(self, x: Float[Tensor, "batch pos d_model"], k: int, injected: Float[Tensor, "batch pos d_model"],
              condition: Float[Tensor, "batch d_cond"] | None = None,
              real: Bool[Tensor, "batch pos"] | None = None, *,
              step: Pass | None = None) -> Float[Tensor, "batch pos d_model"]:
-        """One pass of the mid layers, as loop ``k``; ``embedded`` is what input injection adds.
+        """One pass of the mid layers, as loop ``k``; ``injected`` (of `begin`) is what input injection adds.
 
         ``step`` runs other layers, or the same as another loop, while sites say ``@k``.
         """
-        x = self.loop_input(x, k, embedded, index=k if step is None else step.index)
+        x = self.loop_input(x, k, injected, index=k if step is None else step.index)
         return self._layers(x, self._mid_layers() if step is None else step.layers, condition, real)
 
-    def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"], *,
+    def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, injected: Float[Tensor, "batch pos d_model"], *,
                    index: int) -> Float[Tensor, "batch pos d_model"]:
         """What the first layer of loop ``k`` reads: the state, with injection and the embedding of loop ``index``."""
         config = self.config
@@ -323,8 +248,8 @@ class LoopMDM(nn.Module):
             self.clock.refuse_inside()
         self.clock.loop = k
         x = self.hook_loop_in(x)
-        if config.input_injection == "add":
-            x = x + self.hook_injection(embedded)
+        if config.input_injection != "none":
+            x = x + self.hook_injection(injected)
         if config.loop_embedding == "learned":
             x = x + self.hook_loop_embed(self.loop_embed.weight[min(index, config.max_loops - 1)].expand_as(x))
         return x
