@@ -68,7 +68,7 @@ class Recorder:
     def __init__(self, *, reduce: Reducer | None = None, pos: Cut | None = None, batch: Cut | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None):
         self.reduce, self.dtype, self.device = reduce, dtype, device
-        self.pos, self.batch = _chooser(pos), _chooser(batch)
+        self.pos, self.batch = chooser(pos), chooser(batch)
         self.plain = all(option is None for option in (reduce, pos, batch, dtype, device))
         self.held: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -134,7 +134,8 @@ class Recorder:
         return value.movedim(axis, 1)[pos], ("point", *rest)
 
 
-def _chooser(cut: Cut | None) -> slice | Tensor | None:
+def chooser(cut: Cut | None) -> slice | Tensor | None:
+    """``cut`` as a slice or a tensor of indices or booleans."""
     if cut is None or isinstance(cut, (slice, Tensor)):
         return cut
     chosen = torch.as_tensor(cut)

@@ -204,6 +204,14 @@ def test_recorded_sampling_leaves_padding_out() -> None:
     assert seen == [int(((step.before == MASK) & (mask == 1)).sum()) for step in trace]
 
 
+def test_positions_of_recorded_sampling_may_be_a_list() -> None:
+    shapes: list[tuple[int, ...]] = []
+    record_sampling(small_model(), padded()[0], SamplerConfig(n_steps=3, n_loops=2),
+                    lambda step, rec: shapes.append(tuple(rec["blocks.1.hook_resid_post@1"].shape)),
+                    names_filter="blocks.1.hook_resid_post", pos_slice=[0, 8])
+    assert shapes == [(4, 2, 16)] * 3
+
+
 def test_padding_is_never_corrupted_and_carries_no_loss() -> None:
     _, mask, _ = padded()
     clean = small_tokens(batch=4, seed=7).clamp(max=MASK - 1)

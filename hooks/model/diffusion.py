@@ -202,8 +202,9 @@ def hooks_by_step(model: LoopMDM, fwd_hooks: HookList,
     if config.exit_threshold is not None and any(isinstance(entry, PlanEdit) for entry in fwd_hooks):
         raise ValueError("loops are skipped, repeated or swapped by an edit, and adaptive looping decides by itself "
                          "which loops run: leave out exit_threshold.")
-    blocks = [partial(model.hooks, fwd_hooks=in_step(fwd_hooks, step, config.n_steps), n_loops=config.n_loops)
-              for step in range(config.n_steps)]
+    blocks: list[Callable[[], AbstractContextManager[Any]]] = [
+        partial(model.hooks, fwd_hooks=in_step(fwd_hooks, step, config.n_steps), n_loops=config.n_loops)
+        for step in range(config.n_steps)]
     for block in blocks:
         with block():
             pass

@@ -22,7 +22,7 @@ from hooks.contract import HookList
 from hooks.model.diffusion import DenoisingStep, SamplerConfig, hooks_by_step, sample
 from hooks.model.hooked import HookedLoopMDM
 from hooks.model.inputs import AttentionMask, Tokens, real_positions, take
-from hooks.recording import Cut, Recorder, Recording, Reducer, positions
+from hooks.recording import Cut, Recorder, Recording, Reducer, chooser, positions
 from hooks.sites import SitePattern
 
 
@@ -45,8 +45,8 @@ def record_sampling(model: HookedLoopMDM, tokens: Tokens, config: SamplerConfig,
     tokens, attention_mask = take(tokens, attention_mask)
     real = real_positions(tokens, attention_mask)
 
-    def chosen(now: Tensor) -> Cut | None:
-        return pos_slice if only is None else positions(now, model.config.mask_token_id, only, real=real)
+    def chosen(now: Tensor) -> slice | Tensor | None:
+        return chooser(pos_slice) if only is None else positions(now, model.config.mask_token_id, only, real=real)
 
     recorder = Recorder(reduce=reduce, pos=chosen(tokens), batch=batch_slice, dtype=dtype, device=device)
     with model.exclusive():
