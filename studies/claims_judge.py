@@ -229,11 +229,11 @@ def _bounds_in_words(side: xr.DataArray, name: str) -> str:
     n, never, at_once = int(side.notnull().sum()), int((side < 0).sum()), int((side > 0).sum())
     sentences = []
     if never:
-        sentences.append(f"The LoopMDM never reaches the {name}'s last NELBO in {_of(never, n)}: the ratio there is "
-                         "below that of the whole trainings, and not known further.")
+        sentences.append(f"The LoopMDM never reaches the {name}'s last NELBO in {_of(never, n)}; there the ratio of "
+                         "the whole trainings is an upper bound.")
     if at_once:
-        sentences.append(f"The LoopMDM has the {name}'s last NELBO at its first evaluation in {_of(at_once, n)}: the "
-                         "ratio there is above that of the FLOPs by then, and not known further.")
+        sentences.append(f"The LoopMDM has the {name}'s last NELBO at its first evaluation in {_of(at_once, n)}; "
+                         "there the ratio of the FLOPs by then is a lower bound.")
     return " ".join(sentences)
 
 

@@ -75,7 +75,7 @@ def training_curves(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset
     curves = [np.interp(share * budget, table.flops, table.nelbo, left=np.nan, right=np.nan)
               for table in tables.values()]
     ratios = [_flops_ratio(tables["loop"], table) for table in tables.values()]
-    kinds = {"kind": list(models)}
+    kinds: dict[Any, Any] = {"kind": list(models)}
     return xr.Dataset({
         "nelbo": measurement(np.array(curves), ("kind", "flops"), long_name="held-out NELBO", units="nat",
                              definition="negative ELBO per free token, on the averaged weights", source=PAPER,

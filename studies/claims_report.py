@@ -135,7 +135,8 @@ def seed_lines(values: xr.DataArray, axis: str) -> tuple[np.ndarray, list[tuple[
 def _decades(values: xr.DataArray) -> float:
     """Powers of ten between the least and the largest positive value; 0 where there is none."""
     positive = values.where(values > 0)
-    return float(np.log10(positive.max() / positive.min()).fillna(0))
+    ratio = float(positive.max() / positive.min())
+    return 0.0 if np.isnan(ratio) else float(np.log10(ratio))
 
 
 def _laid_out(figure: go.Figure, x: str, y: str, *, y_range: list[float] | None = None,

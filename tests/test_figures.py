@@ -96,8 +96,7 @@ def test_the_lens_grid_shows_the_lens(lens: xr.Dataset, clean: torch.Tensor, noi
 def test_positions_that_were_not_asked_are_grey_and_show_what_stands_there(lens: xr.Dataset, clean: torch.Tensor,
                                                                            colour: str, n_asked: int) -> None:
     tokens, asked = clean[0].numpy(), np.arange(9) < n_asked
-    figure = lens_grid(lens.assign_coords(masked=("pos", asked)) if "masked" in lens.coords
-                       else lens.assign(masked=("pos", asked)), colour, LOOK, tokens=tokens, positions=range(9),
+    figure = lens_grid(lens.assign_coords(scored=("pos", asked)), colour, LOOK, tokens=tokens, positions=range(9),
                        region_name="row", regions=REGIONS)
     grey = [trace for trace in figure.data if trace.name == "not asked"]
     assert len(grey) == (n_asked < 9)

@@ -236,9 +236,11 @@ def test_one_looped_layer_and_uniform_attention_say_why_there_is_no_ratio(triple
 def test_a_sparse_mask_leaves_no_gaps_in_the_numbers(triplets, tmp_path):
     """At a low noise level some examples have no masked position, and so no signature."""
     assert ask(triplets, tmp_path, variants=("",), t=0.05) == 0
-    rows = {row["key"]: row for row in read_results(tmp_path / "rerun-automaton").verdict["table"]}
+    results = read_results(tmp_path / "rerun-automaton")
+    rows = {row["key"]: row for row in results.verdict["table"]}
     assert "value" in rows["variance_layer"]["loop"]
     assert "value" in rows["twin"]["loop"]
+    assert np.isfinite(results.datasets["profile"].to_dataarray()).all(), "means over the examples that have one"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float64("nan")])

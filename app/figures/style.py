@@ -60,7 +60,7 @@ def corner_marks(x: Sequence[int] | np.ndarray, y: Sequence[int] | np.ndarray, *
     outline_x = np.stack([right - across, right, right, right - across, gap], -1).ravel()
     outline_y = np.stack([top, top, top + down, top, gap], -1).ravel()
     return go.Scatter(x=outline_x, y=outline_y, mode="lines", fill="toself", fillcolor=colour, name=name,
-                      line={"color": "white", "width": 0.8}, hoverinfo="skip", showlegend=False)
+                      line={"color": "white", "width": 1.2}, hoverinfo="skip", showlegend=False)
 
 
 def key(name: str, symbol: str, colour: str) -> go.Scatter:

@@ -14,7 +14,9 @@ from plotly.subplots import make_subplots
 from app.figures.style import BLUE, FAINT, VERMILLION, styled
 
 SUBJECT_COLOURS = {"loop": BLUE, "control": VERMILLION, "untrained": "#7F8C99"}
-ROW_PX = 34
+LINE_PX, GAP_PX = 15, 40
+"""Height of a line of a strip, and of the gap between strips, which holds ticks and the next one's title."""
+MARGIN = {"l": 16, "r": 16, "t": 92, "b": 44}
 
 
 def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) -> go.Figure:
@@ -24,9 +26,9 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
     """
     shown = [[s for s in subjects if "value" in row.get(s, {})] for row in table]
     heights = [len(here) + 1.6 for here in shown]
-    total = int(ROW_PX * 0.62 * sum(heights)) + 90
-    figure = make_subplots(len(table), 1, row_heights=heights,
-                           vertical_spacing=min(0.9 / max(len(table), 2), 46 / total),
+    inner = LINE_PX * sum(heights) + GAP_PX * (len(table) - 1)
+    total = round(inner + MARGIN["t"] + MARGIN["b"])
+    figure = make_subplots(len(table), 1, row_heights=heights, vertical_spacing=GAP_PX / inner if len(table) > 1 else 0,
                            subplot_titles=[str(row["measure"]) for row in table])
     named: set[str] = set()
     for i, (row, here) in enumerate(zip(table, shown, strict=True), start=1):
@@ -58,6 +60,5 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
     figure.update_xaxes(tickfont={"size": 10}, zeroline=False)
     figure.update_xaxes(title_text="value (pure number), dot and interval", row=len(table))
-    figure.update_layout(margin={"l": 16, "r": 16, "t": 92, "b": 44},
-                         legend={"y": 1, "yref": "container", "yanchor": "top"})
+    figure.update_layout(margin=MARGIN, legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure
