@@ -183,6 +183,11 @@ class LoopedModel(ABC):
 
     # ---- inputs, which only a model knows how to cut
 
+    def real_positions(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
+        """Positions that are no padding, or None where there is none: the ``attention_mask`` of a mapping."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
     def batch_size(self, inputs: Inputs) -> int:
         """How many examples there are."""
         return next(part.shape[0] for part in tensors_of(inputs) if part.ndim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from hooks import HookedLoopMDM
 from hooks.edits import ablate, edit, freeze, skip_loop, swap_layers
 from hooks.model.diffusion import SamplerConfig, corrupt, corrupt_exactly, nelbo, sample
 from hooks.model.sampling import record_sampling
-from probes.attention import patterns
+from probes.attention import attention_summary, pattern_distance, patterns
 from probes.lenses import read_lens
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 
@@ -163,6 +164,15 @@ def test_probes_take_padded_inputs() -> None:
             ours = lens.entropy.values[:, i][:, mask[i].bool().numpy()]
             assert abs(ours - own.entropy.values[:, 0]).max() < 1e-5
     assert abs(patterns(model, inputs, n_loops=2).values[:, 1, :, :, 5:]).max() == 0
+    summary = attention_summary(model, inputs, n_loops=2, per_example=True)
+    distance = pattern_distance(model, inputs, n_loops=2)
+    for i, one in enumerate(alone):
+        own = attention_summary(model, one, n_loops=2, per_example=True)
+        for name, values in own.items():
+            np.testing.assert_allclose(summary[name].values[:, i], values.values[:, 0], atol=1e-5)
+        apart = pattern_distance(model, one, n_loops=2)
+        for name in ("frobenius_by_example", "jensen_shannon_by_example"):
+            np.testing.assert_allclose(distance[name].values[i], apart[name].values[0], atol=1e-5)
 
 
 # ----------------------------------------------------------------- diffusion
