@@ -137,7 +137,8 @@ def signature(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], targets:
 
 def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor, masked: Bool[Tensor, "example pos"],
                   condition: Tensor | None) -> Float[Tensor, "example feature"]:
-    pre, attn_out, mlp_out, post, pattern = activations
+    before, after = (F.log_softmax(_wide(model.unembed(activations[i], condition)), -1) for i in (0, 3))
+    pre, attn_out, mlp_out, post, pattern = map(_wide, activations)
     on = masked.float()
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
@@ -147,7 +148,6 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
     attention, mlp = attn_out.norm(dim=-1), mlp_out.norm(dim=-1)
     entropy = -(pattern * pattern.clamp_min(1e-12).log()).sum(-1).mean(1)
     to_masked = (pattern * on[:, None, None]).sum(-1).mean(1)
-    before, after = (F.log_softmax(model.unembed(x, condition), -1) for x in (pre, post))
     gain = (after - before).gather(-1, truth[..., None])[..., 0]
     spectrum = torch.linalg.svdvals(post)
     spectrum = spectrum / spectrum.sum(-1, keepdim=True)
@@ -158,6 +158,11 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
         mean(-(after.exp() * after).sum(-1), on), mean(gain, on),
         torch.exp(-(spectrum * spectrum.clamp_min(1e-12).log()).sum(-1)),
     ], 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: what is computed from an activation shall not be rounded as the activation was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def example_mean(values: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "..."]:
@@ -217,7 +222,7 @@ def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle
     parts = []
     for start in range(0, len(noised), chunk):
         _, rec = model.run_with_cache(noised[start:start + chunk], cycle.topology.n_loops, t=t, names_filter=sites)
-        flat = torch.stack([rec[site] for site in sites], 1).flatten(3).flatten(1, 2)
+        flat = torch.stack([_wide(rec[site]) for site in sites], 1).flatten(3).flatten(1, 2)
         parts.append(flat @ flat.transpose(1, 2))
     index = np.array([(k, i, h) for k in range(cycle.n_loops) for i in range(cycle.n_layers)
                       for h in range(model.config.n_heads)])

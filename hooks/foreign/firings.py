@@ -11,6 +11,7 @@ loop it is. It compares the counts with the schedule when the forward ends, and 
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from hooks.checkpointing import guard_recomputation, may_be_checkpointed
 from hooks.edits import Edit, attachments
 from hooks.foreign import payload
 from hooks.foreign.discovery import discover, is_dry, random_state, random_state_kept, set_random_state
 from hooks.foreign.places import Firing, Places, places_of
-from hooks.hook_points import HookFunction
+from hooks.hook_points import HookFunction, replacing
 from hooks.recording import Recorder, Recording
 from hooks.sites import SiteError, SitePattern
 
@@ -32,6 +34,9 @@ Hooks = Sequence[tuple[SitePattern, HookFunction] | Edit]
 
 COMPILED = ("the module is compiled (torch.compile), and compiled code does not call Python hooks reliably: watch and "
             "call the original module, which shares its weights with the compiled one (compiled._orig_mod).")
+
+
+UNCHECKPOINTED = "Switch checkpointing off (model.gradient_checkpointing_disable())."
 
 
 class Watched(Recording):
@@ -88,7 +93,7 @@ class Run:
         self.recorded: tuple[str, ...] = ()
         self.removers: list[Any] = []
         self.begin: Any = None
-        self.active = False
+        self.active = self.detached = False
         self.strays = self.forwards = self.refused = 0
         self.thread = 0
         self.error: BaseException | None = None
@@ -101,7 +106,7 @@ class Run:
         self.places = places
         for pattern, fn in attachments(self.fwd_hooks, places.space):
             self._act(pattern, fn, quiet=False)
-        if self.sites is None or isinstance(self.sites, str) or callable(self.sites) or list(self.sites):
+        if self.sites is None or isinstance(self.sites, (str, re.Pattern)) or callable(self.sites) or list(self.sites):
             self.recorded = tuple(self._act(self.sites, self.recorder))
             if self.gradients:
                 self._act(self.sites, self._record_gradient, quiet=False)
@@ -126,6 +131,7 @@ class Run:
                                                          prepend=True, with_kwargs=True)
 
     def detach(self) -> None:
+        self.detached = True
         for remover in (*self.removers, *([self.begin] if self.begin else [])):
             remover.remove()
 
@@ -260,10 +266,9 @@ class Run:
         for fn in functions:
             result = fn(after, hook=firing)
             if result is not None:
-                if not isinstance(result, Tensor):
-                    raise TypeError(f"the hook at {firing.site} returned {_described(result)}: return a tensor to "
-                                    "replace the activation, or None to leave it.")
-                after = result
+                after = replacing(result, after, firing.site)
+                if may_be_checkpointed():
+                    guard_recomputation(firing.site, lambda: not self.detached, remedy=UNCHECKPOINTED)
         if after is before and (conversion is None or conversion.hook_conversion is None or tap.quiet):
             return None  # (behind a conversion, gradients flow only where its result goes on)
         if conversion is not None and conversion.hook_conversion is not None:
@@ -323,7 +328,11 @@ def _on_backward(fn: HookFunction) -> Callable[..., None]:
     def call(activation: Tensor, *, hook: Firing) -> None:
         _refuse_without_gradient(activation, hook)
         # a Firing answers name, loop and site, which is what hook functions ask a HookPoint
-        activation.register_hook(lambda gradient: fn(gradient, hook=hook))  # type: ignore[arg-type]
+        def on_gradient(gradient: Tensor) -> Tensor | None:
+            returned = fn(gradient, hook=hook)  # type: ignore[arg-type]
+            return None if returned is None else replacing(returned, gradient, f"{hook.site} (gradient)")
+
+        activation.register_hook(on_gradient)
     return call
 
 

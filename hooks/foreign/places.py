@@ -9,6 +9,7 @@ Finding and globbing names is slow beside a small model's forward, so that it is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,9 +72,11 @@ class Layout:
             return self._choice(frozenset(self.main).__contains__, "the whole module")
         if callable(pattern):
             return self._choice(pattern, "the names that the predicate accepts")
+        if isinstance(pattern, re.Pattern):
+            return self._choice(pattern, repr(pattern))
         return self._merged([self.choose(part) for part in _listed(pattern, self.space)])
 
-    def _choice(self, pattern: str | Callable[[str], bool], shown: str) -> Choice:
+    def _choice(self, pattern: str | re.Pattern[str] | Callable[[str], bool], shown: str) -> Choice:
         chosen: dict[str, list[int]] = {}
         for site in self.space.resolve(pattern):
             self.firings(site.name)
@@ -140,9 +143,9 @@ def _layout(paths: tuple[str, ...], main: tuple[str, ...], bridge: bool, schedul
     return Layout(names, main or tuple(names))
 
 
-def _listed(pattern: Iterable[str], space: SiteSpace) -> list[str]:
+def _listed(pattern: Iterable[str | re.Pattern[str]], space: SiteSpace) -> list[str | re.Pattern[str]]:
     listed = list(pattern)
-    if not listed or not all(isinstance(part, str) for part in listed):
+    if not listed or not all(isinstance(part, (str, re.Pattern)) for part in listed):
         space.resolve(listed)  # says what is wrong
         raise SiteError("sites are strings.")
     return listed
