@@ -163,7 +163,7 @@ class Entropy(_OverAxis):
 
     def reduced(self, activation: Tensor, site: str, axes: Axes) -> Tensor:
         if not split(site)[0].endswith("hook_pattern"):
-            raise ValueError(f"Entropy reads distributions, and {site} holds none: name '*.attn.hook_pattern'.")
+            raise ValueError(f"Entropy reads distributions, and {site} holds none: name '**.attn.hook_pattern'.")
         return torch.special.entr(activation).sum(self._index(axes, site))
 
 
