@@ -9,7 +9,7 @@
 
 from hooks.foreign.discovery import describe
 from hooks.foreign.loopify import loopify
-from hooks.foreign.schedules import Schedule
+from hooks.foreign.schedules import InLoopsOf, Schedule, UpTo
 from hooks.foreign.watching import watch
 from hooks.hook_points import HookPoint
 from hooks.model.hooked import HookedLoopMDM
@@ -18,5 +18,5 @@ from hooks.recording import Recording
 from hooks.sites import Site, SiteError, SiteSpace
 from hooks.topology import Topology
 
-__all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "Recording",
-           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "describe", "loopify", "watch"]
+__all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "InLoopsOf", "LoopMDM", "LoopMDMConfig", "Recording",
+           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "UpTo", "describe", "loopify", "watch"]

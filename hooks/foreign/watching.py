@@ -2,8 +2,9 @@
 
 The names of places are ``{module.path}.hook_in`` and ``.hook_out`` (a bridge's own hook names), with
 ``@loop`` where a module runs more than once per forward: ``@3``, or ``@h1.l0`` in nested cycles. Which loop
-a firing is follows from counting, from the start of each forward, against a schedule (`hooks.foreign.schedules`);
-without one, a dry run of the first forward discovers the counts (`hooks.foreign.discovery`).
+a firing is follows from counting the calls of the looped module around it, from the start of each forward, against a
+schedule (`hooks.foreign.schedules`); without one, a dry run of the first forward discovers the counts
+(`hooks.foreign.discovery`).
 
     with watch(model, "core_block.*.hook_out", schedule={"core_block": 8}) as rec:
         model(tokens)
@@ -11,6 +12,9 @@ without one, a dry run of the first forward discovers the counts (`hooks.foreign
 
     with watch(model, "coda.0.hook_in", fwd_hooks=[("core_block.1.hook_out@3", fn)], gradients=True) as rec:
         model(tokens).logits.sum().backward()                 # rec.gradients["coda.0.hook_in"]
+
+    with watch(model, "core.*.hook_out@-1", schedule={"core": UpTo(16)}) as rec:    # the data decide when it halts
+        model(tokens)
 
 Where a module takes or returns a tuple or a dict, the site is the hidden state in it (`hooks.foreign.payload`). Calls
 outside a forward of the watched module do not count. Of nested watches, the inner one acts first.
@@ -58,7 +62,11 @@ def watch(module: nn.Module, sites: SitePattern = None, *,
     forward), ValueError for modules whose calls Python cannot see (compiled, scripted), RuntimeError for a module
     that ran another number of times than the schedule says, for a forward inside a forward, for replicas, and
     for a block in which nothing ran.
-    Sites that only a wildcard names and that never fire are left out. All hooks are removed when the block ends.
+    Of what only a wildcard names, sites that never fire are left out, and so are modules that give no tensor or whose
+    calls cannot be told apart by loop (a Dropout that a layer uses twice): ``rec.left_out`` says why. Edits act on
+    every call in their loop there. ``rec.absent`` lists the sites of hooks that the forward did not reach, where the
+    schedule leaves that open (`UpTo`). All hooks are removed when the block ends, also while another thread runs
+    the module.
     """
     _refuse_compiled(module)
     if any(isinstance(entry, PlanEdit) for entry in fwd_hooks):
