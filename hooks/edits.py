@@ -149,6 +149,9 @@ def ablate(site: SitePattern, how: Literal["zero", "mean", "resample"] = "zero",
         def write(activation: Tensor, /, *, hook: Any) -> Tensor:
             if how == "zero":
                 return _placed(torch.zeros_like(activation), activation, hook, at)
+            if axes_at(hook)[:1] != ("batch",):
+                raise ValueError(f"{hook.site} has shape {list(activation.shape)}, and it is not known which of its "
+                                 "axes is the batch: give watch axes=.")
             given = references.get(hook.site)
             source = activation if given is None else given.to(activation)
             if how == "mean":

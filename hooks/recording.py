@@ -44,8 +44,13 @@ _AXES: dict[str, tuple[str, ...]] = {
 
 def axes_of(name: str) -> tuple[str, ...]:
     """Axis names of an unreduced activation: ``axes_of("blocks.0.attn.hook_q")`` ends in ``d_head``."""
+    return known_axes(name) or ("batch", "pos", "d_model")
+
+
+def known_axes(name: str) -> tuple[str, ...] | None:
+    """`axes_of` for the names whose axes are not those of a state."""
     parts = name.partition("@")[0].split(".")
-    return _AXES.get(".".join(parts[-2:])) or _AXES.get(parts[-1]) or ("batch", "pos", "d_model")
+    return _AXES.get(".".join(parts[-2:])) or _AXES.get(parts[-1])
 
 
 def axes_at(hook: Any) -> tuple[str, ...]:
@@ -106,7 +111,7 @@ class Recorder:
             reset()
 
     def _kept(self, activation: Tensor, hook: Any) -> Tensor:
-        value, axes = self._cut(activation.detach(), axes_at(hook))
+        value, axes = self._cut(activation.detach(), axes_at(hook), hook.site)
         reduce: Any = self.reduce
         if reduce is not None:
             if dims := getattr(reduce, "dims", None):
@@ -119,8 +124,11 @@ class Recorder:
         self.axes[hook.name] = axes
         return self._shelf.put(value.to(device=self.device, dtype=self.dtype))
 
-    def _cut(self, value: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
+    def _cut(self, value: Tensor, axes: tuple[str, ...], site: str) -> tuple[Tensor, tuple[str, ...]]:
         pos = self.pos
+        if "batch" not in axes and value.ndim and (self.batch is not None or pos is not None):
+            raise ValueError(f"{site} has shape {list(value.shape)}, and which of its axes is the batch is not "
+                             "known: give watch axes=, or record it whole.")
         if self.batch is not None and axes[:1] == ("batch",):
             value = value[self.batch]
             if isinstance(pos, Tensor) and pos.ndim == 2:

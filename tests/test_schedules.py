@@ -57,7 +57,7 @@ def hrm_by_hand(model, ids) -> dict[str, torch.Tensor]:
 def test_hrm_text_equals_its_modules_run_by_hand(hrm):
     model, ids = hrm, tokens()
     expected = hrm_by_hand(model, ids)
-    with watch(model, ["model.*_module.layers.?.hook_out", "model.?_module.hook_out"]) as rec:  # schedule from the config
+    with watch(model, ["model.*_module.layers.?.hook_out", "model.?_module.hook_out"]) as rec:  # known from config
         model(ids)
     assert set(rec) == set(expected)
     assert len({float(value.double().sum()) for value in expected.values()}) == len(expected)  # no two alike

@@ -57,12 +57,17 @@ class Counter:
 
     def enter(self) -> None:
         """The module is called, and numbers what is called until `leave`."""
-        self.step()
+        if self.by is None:
+            self.index = self.alone
+            self.alone += 1
+        else:
+            self.step()
         self.depth += 1
         self.entered += 1
 
     def leave(self) -> None:
-        self.depth = max(self.depth - 1, 0)
+        """Its call has ended."""
+        self.depth -= 1
 
     # ---- after it
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,11 @@ from hooks.sites import LoopAxes
 
 @dataclass(frozen=True)
 class Calls:
-    """One row: a module, its class, its calls in one forward, the shape of what its first call took and gave."""
+    """One row: a module, its class, its calls in one forward, the shapes of what its first call took and gave.
+
+    Of several tensors the first is the hidden state, which is the site ``hook_in`` or ``hook_out``; the others have the
+    names by which they are sites too: ``.1`` of ``attn`` is ``attn.hook_out.1``.
+    """
 
     path: str
     kind: str
@@ -80,7 +84,7 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
         if _DRY.run is run:
             run.ended(path, _shape(output))
 
-    found = modules_of(module)
+    found, _ = modules_of(module)
     try:
         for path, part in found.items():
             removers.append(part.register_forward_pre_hook(partial(took, path), with_kwargs=True))
@@ -95,28 +99,22 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
     return Description(rows, Discovered(tuple((row.path, row.calls) for row in rows), run.numberings()))
 
 
-def modules_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Everything inside that can be watched, by path: modules with a forward, or a bridge's hook points."""
+def modules_of(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Everything inside that can be watched, by path: modules with a forward, or a bridge's hook points.
+
+    Also the other paths of modules that stand in several places: {path: the first path}.
+    """
     if is_bridge(module):
         points: Any = module.hook_dict
-        return dict(points)
-    return {path: part for path, part in walk(module) if type(part).forward is not nn.Module.forward}
+        return dict(points), {}
+    found, again = _walked(module)
+    modules = {path: part for part, path in found.items() if type(part).forward is not nn.Module.forward}
+    return modules, _aliases(list(found.values()), again, modules) if again else {}
 
 
 def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """``module.named_modules()`` in the same order, only faster: it shows beside a small model's forward."""
     return [(path, part) for part, path in _walked(module)[0].items()]
-
-
-def aliases_of(module: nn.Module) -> dict[str, str]:
-    """The other paths of modules that stand in several places, and of what is inside them: {path: the first path}."""
-    first, others = _walked(module)
-    paths = list(first.values()) if others else []
-    found: dict[str, str] = {}
-    for other, path in others:
-        inner = [name for name in (*paths, *found) if name.startswith(f"{path}.")]
-        found.update({other + name[len(path):]: found.get(name, name) for name in (path, *inner)})
-    return found
 
 
 def is_bridge(module: nn.Module) -> bool:
@@ -147,6 +145,15 @@ def _walked(module: nn.Module) -> tuple[dict[nn.Module, str], list[tuple[str, st
             prefix = f"{path}." if path else ""
             waiting += [(prefix + name, inner) for name, inner in reversed(part._modules.items()) if inner is not None]
     return found, again
+
+
+def _aliases(paths: list[str], again: list[tuple[str, str]], wanted: Collection[str]) -> dict[str, str]:
+    """Where a module is met again, it and all that is inside it have further paths."""
+    found: dict[str, str] = {}
+    for other, path in again:
+        inner = [name for name in (*paths, *found) if name.startswith(f"{path}.")]
+        found.update({other + name[len(path):]: found.get(name, name) for name in (path, *inner)})
+    return {other: path for other, path in found.items() if path in wanted}
 
 
 class _Dry(threading.local):
@@ -247,5 +254,10 @@ def _copied(value: Any) -> Any:
 
 
 def _shape(value: Any) -> str:
+    """The shape of the hidden state, then those of the other elements by name."""
     where = payload.find(value)
-    return "no tensor" if where is None else str(list(payload.get(value, where).shape))
+    if where is None:
+        return "no tensor"
+    state = payload.get(value, where)
+    others = [f".{name} {list(part.shape)}" for name, part in payload.tensors(value) if part is not state]
+    return ", ".join([str(list(state.shape)), *others])

@@ -12,9 +12,11 @@ the recording. Other threads may run the model meanwhile: once `detach` has begu
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from threading import get_ident
 from typing import Any
 
@@ -26,9 +28,10 @@ from hooks.edits import Edit, attachments
 from hooks.foreign import payload
 from hooks.foreign.counting import Counter, times
 from hooks.foreign.discovery import discover, is_dry, random_state, random_state_kept, set_random_state
+from hooks.foreign.layouts import Declared, Layouts, StateLayout, is_attention
 from hooks.foreign.places import Choice, Firing, Place, Places, places_of
 from hooks.hook_points import HookFunction
-from hooks.recording import Recorder, Recording
+from hooks.recording import Recorder, Recording, axes_of
 from hooks.sites import Site, SiteError, SitePattern, SiteSpace
 
 Hooks = Sequence[tuple[SitePattern, HookFunction] | Edit]
@@ -65,10 +68,14 @@ class Watched(Recording):
 class Tap:
     """One name: what to call at each of its firings."""
 
-    __slots__ = ("actions", "counter", "firings", "name", "optional", "owner", "path", "quiet", "unusable")
+    __slots__ = ("actions", "axes", "counter", "firings", "layout", "name", "optional", "owner", "place", "quiet",
+                 "shape", "unusable")
 
     def __init__(self, name: str, place: Place, firings: tuple[Firing, ...], counter: Counter):
-        self.name, self.owner, self.path, self.firings, self.counter = name, place.module, place.path, firings, counter
+        self.name, self.owner, self.place, self.firings, self.counter = name, place.module, place, firings, counter
+        self.shape: Any = None                   # of the state whose layout is known
+        self.layout: StateLayout | None = None   # how to turn it to [batch, pos, d_model]; None: it is so
+        self.axes: tuple[str, ...] | None = None  # where they are not those that the name implies
         self.actions: list[list[Callable[..., Any]]] = [[] for _ in firings]
         self.optional = True   # named by wildcards only: may never fire
         self.quiet = True      # records only: a call outside a forward may pass unseen
@@ -80,9 +87,11 @@ class Run:
 
     def __init__(self, root: nn.Module, sites: SitePattern, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (),
                  gradients: bool = False, seed: int | None = None,
-                 on_forward: Callable[[Recording], None] | None = None, *, recorder: Callable[[], Recorder]):
+                 on_forward: Callable[[Recording], None] | None = None, axes: Declared = None, *,
+                 recorder: Callable[[], Recorder]):
         self.root, self.sites, self.fwd_hooks, self.bwd_hooks = root, sites, fwd_hooks, bwd_hooks
-        self.gradients, self.seed, self.on_forward = gradients, seed, on_forward
+        self.gradients, self.seed, self.on_forward, self.declared = gradients, seed, on_forward, axes
+        self.layouts = Layouts({}, axes)  # of the modules, once they are known
         self.new_recorder, self.recorder, self.backward = recorder, recorder(), recorder()
         self.unkept: set[str] = set()  # names and sites whose gradients are not to be kept
         self.recording = Watched()
@@ -122,7 +131,7 @@ class Run:
                 raise
 
     def _attach(self, places: Places) -> None:
-        self.places = places
+        self.places, self.layouts = places, Layouts(places.modules, self.declared)
         for pattern, fn in attachments(self.fwd_hooks, places.space):
             self._note(self._act(pattern, fn, quiet=False))
         if self.sites is None or isinstance(self.sites, str) or callable(self.sites) or list(self.sites):
@@ -188,12 +197,12 @@ class Run:
         if path not in self.counters:
             counter = self.counters[path] = self._counter(path)
 
-            def enter(*given: Any) -> None:
-                if self._is_on():
+            def enter(module: nn.Module, args: Any) -> None:
+                if self.active and self.thread == get_ident() and not is_dry():
                     counter.enter()
 
-            def leave(*given: Any) -> None:
-                if self._is_on():
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
+                if counter.depth and self.thread == get_ident() and not is_dry():
                     counter.leave()
 
             module = self.places.modules[path]
@@ -234,9 +243,12 @@ class Run:
             if self.closed:  # the block has ended meanwhile
                 self.active = False
                 return None
+        reshaped = self.layouts.begin(args, kwargs)
         for tap in self.taps.values():
             tap.counter.restart()
             tap.unusable = ""
+            if reshaped:
+                tap.shape = None
         for counter in self.counters.values():
             counter.restart()
         self.recorder.recording({})  # what a failed forward left
@@ -297,7 +309,7 @@ class Run:
             index = self._next(tap, module)
             if index is None or not tap.actions[index]:
                 return None
-            given = kwargs if payload.find(args) is None else args
+            given = self._given(tap, module, args, kwargs)
             changed = self._applied(tap, index, given, module)
             return None if changed is None else (changed, kwargs) if given is args else (args, changed)
 
@@ -330,12 +342,9 @@ class Run:
 
     def _applied(self, tap: Tap, index: int, value: Any, module: nn.Module, conversion: Any = None) -> Any:
         """``value`` with its tensor replaced by what the functions made of it, or None if they left it alone."""
-        firing = tap.firings[index]
-        where = () if isinstance(value, Tensor) else payload.find(value)
+        where = self._where(tap, value)
         if where is None:
-            verb = "was given" if tap.name.endswith("hook_in") else "returned"
-            reason = (f"{firing.site}: {type(module).__name__} {verb} {_described(value)}, in which there is no "
-                      "tensor to record or edit: watch a module inside it or around it.")
+            reason = f"{tap.firings[index].site}: {type(module).__name__} {_without_tensor(tap.place, value)}"
             if not tap.optional:
                 raise TypeError(reason)
             tap.unusable = reason
@@ -343,7 +352,11 @@ class Run:
         before = payload.get(value, where) if where else value
         if conversion is not None and conversion.hook_conversion is not None:
             before = conversion.hook_conversion.convert(before)
-        after = before
+        if before.shape != tap.shape:
+            self._settle(tap, before)
+        if tap.layout is not None:
+            before = tap.layout.canonical(before)
+        firing, after = tap.firings[index], before
         for fn in tap.actions[index]:
             result = fn(after, hook=firing)
             if result is not None:
@@ -351,11 +364,44 @@ class Run:
                     raise TypeError(f"the hook at {firing.site} returned {_described(result)}: return a tensor to "
                                     "replace the activation, or None to leave it.")
                 after = result
-        if after is before and (conversion is None or conversion.hook_conversion is None or tap.quiet):
-            return None  # (behind a conversion, gradients flow only where its result goes on)
+        turned = tap.layout is not None or (conversion is not None and conversion.hook_conversion is not None)
+        if after is before and (tap.quiet or not turned):
+            return None  # (behind a view or a conversion, gradients flow only where its result goes on)
+        if tap.layout is not None:
+            if after.shape != before.shape:
+                raise ValueError(f"the hook at {firing.site} returned shape {list(after.shape)} for "
+                                 f"{' × '.join(tap.axes or ())}, {list(before.shape)}: return that shape.")
+            after = tap.layout.original(after)
         if conversion is not None and conversion.hook_conversion is not None:
             after = conversion.hook_conversion.revert(after)
         return payload.put(value, where, after)
+
+    def _where(self, tap: Tap, value: Any) -> payload.Where | None:
+        """Where the tensor of this site is in what a module takes or returns."""
+        if tap.place.element is not None:
+            return payload.element(value, tap.place.element)
+        return () if isinstance(value, Tensor) else payload.find(value)
+
+    def _given(self, tap: Tap, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Those inputs, by place or by name, that hold the tensor of this site; an element may have either name."""
+        if tap.place.element is None:
+            return kwargs if payload.find(args) is None else args
+        first, _, rest = tap.place.element.partition(".")
+        names = list(inspect.signature(module.forward).parameters)
+        if not first.isdecimal() and first not in kwargs and first in names:
+            first = str(names.index(first))
+        elif first.isdecimal() and int(first) >= len(args) and int(first) < len(names):
+            first = names[int(first)]
+        tap.place = tap.place._replace(element=f"{first}.{rest}".rstrip("."))
+        return args if first.isdecimal() else kwargs
+
+    def _settle(self, tap: Tap, state: Tensor) -> None:
+        """Find out which axis of the state is which."""
+        layout = self.layouts.of(tap.name, tap.place, state)
+        axes = None if layout.axes == axes_of(tap.name) else layout.axes
+        if axes != tap.axes:
+            tap.firings = tuple(replace(firing, axes=axes) for firing in tap.firings)
+        tap.shape, tap.axes, tap.layout = state.shape, axes, None if layout.is_canonical else layout
 
     # ---- after
 
@@ -372,7 +418,9 @@ class Run:
         if self.unkept:
             self.recorder.held = {site: value for site, value in self.recorder.held.items()
                                   if site not in self.unkept and site.partition("@")[0] not in self.unkept}
+        self.layouts.refuse_misfit()
         done = self.recorder.recording(space)
+        done.axes = {**{name: axes for name in names if (axes := self.taps[name].axes)}, **done.axes}
         if self.gradients:
             live = self.backward.recording(space)
             live._held, live.axes = self.backward.gradients, self.backward.axes  # filled by the backward pass
@@ -482,8 +530,8 @@ class Run:
         if len(declared) == 1:
             declared = {next(iter(declared)) or "k": next(iter(declared.values()))}
         remedy = {**declared, "c": counter.most} if counter.crowded else counter.alone
-        return (f"{tap.name}: {self._shown(tap.path)} {reason}, so that its calls cannot be told apart by loop. "
-                f"Declare them: Schedule({{{tap.path!r}: {remedy!r}}}), beside what it says already.")
+        return (f"{tap.name}: {self._shown(tap.place.path)} {reason}, so that its calls cannot be told apart by loop. "
+                f"Declare them: Schedule({{{tap.place.path!r}: {remedy!r}}}), beside what it says already.")
 
     def _shown(self, path: str) -> str:
         return path or "the watched module"
@@ -521,6 +569,17 @@ def _if_any(space: SiteSpace, pattern: str) -> list[Site]:
         return space.resolve(pattern)
     except SiteError:  # fewer loops came than are counted back
         return []
+
+
+def _without_tensor(place: Place, value: Any) -> str:
+    """What is said where a site's tensor is not there."""
+    given = f"{'was given' if place.kind == 'in' else 'returned'} {_described(value)}, in which"
+    if place.element is None:
+        return f"{given} there is no tensor to record or edit: watch a module inside it or around it."
+    there = ", ".join(f".{name}" for name, _ in payload.tensors(value)) or "none"
+    eager = (" Attention weights are returned by eager attention only: load the model with "
+             'attn_implementation="eager".') if is_attention(place) else ""
+    return f"{given} .{place.element} is no tensor; there are {there}.{eager}"
 
 
 def _described(value: Any) -> str:

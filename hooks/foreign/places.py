@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hooks.foreign.discovery import aliases_of, is_bridge, modules_of
+from hooks.foreign.discovery import is_bridge, modules_of
 from hooks.foreign.schedules import Discovered, Numbering, Scheduled
 from hooks.sites import LoopAxes, Site, SiteError, SitePattern, SiteSpace, split
 
@@ -185,11 +185,10 @@ def places_of(module: nn.Module, schedule: Scheduled) -> Places:
 
     Of a bridge these are its hook points under all their names, of which None (everything) means the canonical ones.
     """
-    found, bridge = modules_of(module), is_bridge(module)
+    (found, aliases), bridge = modules_of(module), is_bridge(module)
     main = tuple(name for name, part in found.items()
                  if getattr(part, "name", name) in (name, None)) if bridge else ()
-    aliases = () if bridge else tuple((other, path) for other, path in aliases_of(module).items() if path in found)
-    return Places(found, _layout(tuple(found), aliases, main, bridge, schedule), bridge)
+    return Places(found, _layout(tuple(found), tuple(aliases.items()), main, bridge, schedule), bridge)
 
 
 @lru_cache(maxsize=64)
