@@ -492,8 +492,8 @@ class Run:
                 left_out[tap.name] = tap.unusable
             elif not counter.calls and (tap.optional or counter.open_ended):
                 silent.add(tap.name)
-            elif not counter.calls or (ran := counter.miscounted()):
-                raise RuntimeError(self._miscounted(counter, ran if counter.calls else "ran 0 times"))
+            elif ran := counter.miscounted() if counter.calls else "ran 0 times":
+                raise RuntimeError(self._miscounted(counter, ran))
         for pattern, firings in self.asked:
             self._refuse_unreached(pattern, firings, left_out)
         return left_out, silent

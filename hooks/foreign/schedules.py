@@ -112,7 +112,7 @@ class Schedule:
             return Numbering(looped.axes, other, looped.open_ended, beside=True, weight=weight)
         if not axes:
             return Numbering()
-        by = next((outer for outer in _prefixes(path)[region:] if outer in called), path)
+        by: str | None = next((outer for outer in _prefixes(path)[region:] if outer in called), path)
         if by == path:
             by = self._around(path, axes, open_ended, called)
         known = 0 if by is None else len(self.numbering(by, called).axes)
