@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hooks.hook_points import HookFunction
 from hooks.plan import At, Pass, Plan, Positions, Replan
-from hooks.recording import axes_of
+from hooks.recording import axes_at
 from hooks.sites import Site, SiteError, SitePattern, SiteSpace, split
 
 Attachments = list[tuple[SitePattern, HookFunction]]
@@ -107,9 +107,11 @@ def patch(site: SitePattern, source: Tensor | Mapping[str, Tensor], *, source_si
     A recording is read at the same site, or at ``source_site`` (another loop, another layer).
     Raises SiteError before the run if it holds no such site, ValueError where shapes differ.
     """
+    site = _again(site)
+
     def attach(space: SiteSpace) -> Attachments:
-        sites = [str(s) for s in space.resolve(site)]
-        values = {s: source if isinstance(source, Tensor) else source[source_site or s] for s in sites}
+        values = {(s := str(found)): source if isinstance(source, Tensor) else source[source_site or s]
+                  for found in space.resolve(site)}
 
         def write(activation: Tensor, /, *, hook: Any) -> Tensor:
             value = values[hook.site]
@@ -118,7 +120,7 @@ def patch(site: SitePattern, source: Tensor | Mapping[str, Tensor], *, source_si
                                  f"{tuple(activation.shape)}: patch between runs of the same shape, unsliced.")
             return _placed(value.to(activation), activation, hook, at)
 
-        return [(sites, write)]
+        return [(site, write)]
 
     return SiteEdit(f"patch {site}", attach, step)
 
@@ -128,6 +130,8 @@ def copy(source: str, target: SitePattern, *, at: At | None = None, step: Steps 
 
     Raises SiteError if the target comes first: to go back in time, record a run and `patch` the next.
     """
+    target = _again(target)
+
     def attach(space: SiteSpace) -> Attachments:
         read_at, write_at = space.one(source), space.resolve(target)
         held: dict[str, Tensor] = {}
@@ -146,7 +150,7 @@ def copy(source: str, target: SitePattern, *, at: At | None = None, step: Steps 
                                  f"{tuple(activation.shape)}: copy between sites of one shape.")
             return _placed(held["value"], activation, hook, at)
 
-        return [([str(read_at)], read), ([str(s) for s in write_at], write)]
+        return [(str(read_at), read), (target, write)]
 
     return SiteEdit(f"copy {source} to {target}", attach, step)
 
@@ -165,6 +169,8 @@ def ablate(site: SitePattern, how: Literal["zero", "mean", "resample"] = "zero",
     if how not in ("zero", "mean", "resample"):
         raise ValueError(f"how must be 'zero', 'mean' or 'resample', not {how!r}.")
 
+    site = _again(site)
+
     def attach(space: SiteSpace) -> Attachments:
         sites = [str(s) for s in space.resolve(site)]
         references = {} if reference is None else {s: reference if isinstance(reference, Tensor) else reference[s]
@@ -174,17 +180,20 @@ def ablate(site: SitePattern, how: Literal["zero", "mean", "resample"] = "zero",
         def write(activation: Tensor, /, *, hook: Any) -> Tensor:
             if how == "zero":
                 return _placed(torch.zeros_like(activation), activation, hook, at)
+            if axes_at(hook)[:1] != ("batch",):
+                raise ValueError(f"{hook.site} has shape {list(activation.shape)}, and it is not known which of its "
+                                 "axes is the batch: give watch axes=.")
             given = references.get(hook.site)
             source = activation if given is None else given.to(activation)
             if how == "mean":
-                over = (0, 1) if axes_of(hook.name)[1:2] == ("pos",) else (0,)
+                over = (0, 1) if axes_at(hook)[1:2] == ("pos",) else (0,)
                 return _placed(source.mean(over, keepdim=True).expand_as(activation), activation, hook, at)
             key = len(source), len(activation)
             if key not in partners:
                 partners[key] = _partners(*key, seed, others=given is None)
             return _placed(source[partners[key].to(source.device)], activation, hook, at)
 
-        return [(sites, write)]
+        return [(site, write)]
 
     return SiteEdit(f"{how}-ablate {site}", attach, step)
 
@@ -192,6 +201,8 @@ def ablate(site: SitePattern, how: Literal["zero", "mean", "resample"] = "zero",
 def steer(site: SitePattern, vector: Float[Tensor, "..."], scale: float = 1.0, *, at: At | None = None,
           step: Steps | None = None) -> SiteEdit:
     """Add ``scale · vector``; the vector must broadcast to the activation, such as [d_model]."""
+    site = _again(site)
+
     def attach(space: SiteSpace) -> Attachments:
         def write(activation: Tensor, /, *, hook: Any) -> Tensor:
             try:
@@ -201,12 +212,12 @@ def steer(site: SitePattern, vector: Float[Tensor, "..."], scale: float = 1.0, *
                                  f"activation has shape {tuple(activation.shape)}.") from error
             return _placed(steered, activation, hook, at)
 
-        return [([str(s) for s in space.resolve(site)], write)]
+        return [(site, write)]
 
     return SiteEdit(f"steer {site}", attach, step)
 
 
-def freeze(from_loop: int | tuple[int, ...], site: str = "*.attn.hook_pattern", *, at: At | None = None,
+def freeze(from_loop: int | tuple[int, ...], site: str = "**.attn.hook_pattern", *, at: At | None = None,
            step: Steps | None = None) -> SiteEdit:
     """Let every later loop use what loop ``from_loop`` computed at ``site``: by default attention patterns.
 
@@ -351,9 +362,14 @@ def _from_loop(name: str, wanted: tuple[int, ...], space: SiteSpace) -> tuple[li
     return first, later
 
 
+def _again(pattern: SitePattern) -> SitePattern:
+    """A pattern that can be resolved more than once."""
+    return pattern if pattern is None or isinstance(pattern, str) or callable(pattern) else list(pattern)
+
+
 def _placed(new: Tensor, old: Tensor, hook: Any, at: At | None) -> Tensor:
     """``new`` at the chosen positions, ``old`` at the others."""
-    return new if at is None else torch.where(Positions(at).mask(old, axes_of(hook.name)), new, old)
+    return new if at is None else torch.where(Positions(at).mask(old, axes_at(hook)), new, old)
 
 
 def _partners(n_source: int, n: int, seed: int, *, others: bool) -> Tensor:

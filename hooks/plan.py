@@ -40,7 +40,8 @@ class Positions:
         axis = next((i for i, name in enumerate(axes) if name in ("pos", "query")), None)
         if axis is None or activation.ndim != len(axes):
             raise ValueError(f"an edit was limited to some positions, and an activation of shape "
-                             f"{tuple(activation.shape)} has no position axis: leave out `at`.")
+                             f"{tuple(activation.shape)} has no position axis that is known: leave out `at`, "
+                             "or give watch axes=.")
         batch, pos = activation.shape[0], activation.shape[axis]
         mask = self._chosen(batch, pos, activation.device)
         shape = [1] * activation.ndim

@@ -49,11 +49,11 @@ def _no_gradients() -> Any:
 
 
 @pytest.mark.parametrize("make", [
-    lambda model, rec: patch("*.hook_resid_post", rec),
-    lambda model, rec: patch("*.hook_mlp_out@*", rec, at=[1, 4]),
+    lambda model, rec: patch("**.hook_resid_post", rec),
+    lambda model, rec: patch("**.hook_mlp_out@*", rec, at=[1, 4]),
     lambda model, rec: copy(f"{POST}@2", f"{POST}@2"),
-    lambda model, rec: steer("*.hook_resid_post", torch.zeros(16)),
-    lambda model, rec: steer("*.hook_resid_post", torch.ones(16), scale=0.0),
+    lambda model, rec: steer("**.hook_resid_post", torch.zeros(16)),
+    lambda model, rec: steer("**.hook_resid_post", torch.ones(16), scale=0.0),
     lambda model, rec: ablate(POST, at=slice(0, 0)),
     lambda model, rec: ablate(POST, "resample", at=torch.zeros(3, 9, dtype=torch.bool)),
     lambda model, rec: ablate(POST, at=[]),
@@ -69,10 +69,10 @@ def _no_gradients() -> Any:
     lambda model, rec: swap_layers(1, 2, 2, at=torch.zeros(9, dtype=torch.bool)),
 ])
 def test_identities_hold_bit_for_bit(make: Callable[..., Edit], model: HookedLoopMDM, tokens: Tensor) -> None:
-    plain, rec = model.run_with_cache(tokens, N, names_filter=["*.hook_resid_post", "*.hook_mlp_out"])
+    plain, rec = model.run_with_cache(tokens, N, names_filter=["**.hook_resid_post", "**.hook_mlp_out"])
     edited = make(model, rec)
     if edited.name.startswith("freeze"):  # it asks for patterns, and a materialised one rounds otherwise
-        plain = model.run_with_hooks(tokens, N, fwd_hooks=[("*.attn.hook_pattern@*", lambda x, hook: None)])
+        plain = model.run_with_hooks(tokens, N, fwd_hooks=[("**.attn.hook_pattern@*", lambda x, hook: None)])
     assert torch.equal(run(model, tokens, edited), plain)
 
 
@@ -99,7 +99,7 @@ def test_positions_that_are_not_there_are_refused(at: Any, message: str, model: 
 
 
 def test_freezing_from_the_last_loop_changes_nothing(model: HookedLoopMDM, tokens: Tensor) -> None:
-    asked_for = model.run_with_hooks(tokens, N, fwd_hooks=[("*.attn.hook_pattern@-1", lambda x, hook: None)])
+    asked_for = model.run_with_hooks(tokens, N, fwd_hooks=[("**.attn.hook_pattern@-1", lambda x, hook: None)])
     assert torch.equal(run(model, tokens, freeze(-1)), asked_for)
 
 
@@ -126,8 +126,8 @@ def test_patching_from_another_run_and_another_loop(model: HookedLoopMDM, tokens
 
 
 def test_patches_at_some_positions_are_those_of_torch_where(model: HookedLoopMDM, tokens: Tensor) -> None:
-    _, rec = model.run_with_cache(small_tokens(seed=4), N, names_filter="blocks.1.*")
-    _, own = model.run_with_cache(tokens, N, names_filter="blocks.1.*")
+    _, rec = model.run_with_cache(small_tokens(seed=4), N, names_filter="blocks.1.**")
+    _, own = model.run_with_cache(tokens, N, names_filter="blocks.1.**")
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.5
     for hook in ("hook_resid_post", "attn.hook_q", "attn.hook_pattern", "mlp.hook_post"):
         site = f"blocks.1.{hook}@2"
@@ -218,7 +218,7 @@ def test_steering_adds_the_vector_at_the_positions(model: HookedLoopMDM, tokens:
 
 
 def test_frozen_patterns_stay_and_values_go_on(model: HookedLoopMDM, tokens: Tensor) -> None:
-    names = ["*.attn.hook_pattern", "blocks.1.attn.hook_v"]
+    names = ["**.attn.hook_pattern", "blocks.1.attn.hook_v"]
     with edit(model, [freeze(1)], n_loops=N):
         _, rec = model.run_with_cache(tokens, N, names_filter=names)
     _, plain = model.run_with_cache(tokens, N, names_filter=names)
@@ -301,7 +301,7 @@ def test_options_are_checked(model: HookedLoopMDM, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="how must be 'zero', 'mean' or 'resample', not 'noise'"):
         ablate(POST, "noise")  # type: ignore[arg-type]
     with pytest.raises(SiteError, match="the loops follow from from_loop; write"):
-        freeze(1, "*.attn.hook_pattern@2")
+        freeze(1, "**.attn.hook_pattern@2")
     with pytest.raises(ValueError, match="repeated at least once"):
         repeat_loop(1, 0)
     with pytest.raises(ValueError, match="the batch holds only one: give a larger batch, or a reference"):

@@ -50,7 +50,7 @@ def test_every_site_of_the_space_fires_once_with_its_axes(variant: str) -> None:
         counts[hook.site] = counts.get(hook.site, 0) + 1
         shapes[hook.site] = tuple(activation.shape)
 
-    model.run_with_hooks(tokens, n_loops=3, fwd_hooks=[("*", count)])
+    model.run_with_hooks(tokens, n_loops=3, fwd_hooks=[("**", count)])
     assert counts == {str(site): 1 for site in model.site_space(3).all()}
     config = model.config
     sizes = {"batch": 3, "pos": 9, "query": 9, "key": 9, "head": config.n_heads, "d_head": config.d_head,
@@ -315,7 +315,7 @@ def test_hooks_are_removed_after_exceptions(kind: type[BaseException]) -> None:
 
     with torch.no_grad():
         plain = model(tokens, 3)
-        hooks = [("*.hook_resid_post", lambda x, hook: x * 2), ("blocks.2.hook_resid_post@1", fail)]
+        hooks = [("**.hook_resid_post", lambda x, hook: x * 2), ("blocks.2.hook_resid_post@1", fail)]
         with pytest.raises(kind, match=r"blocks\.2\.hook_resid_post@1"):
             model.run_with_hooks(tokens, 3, fwd_hooks=hooks)
         assert attached(model) == 0
@@ -422,7 +422,7 @@ def test_add_hook_and_reset_hooks() -> None:
     assert fired == ["blocks.1.hook_resid_post@2"] * 2
     remove()
     assert attached(model) == 0
-    model.add_hook("*", lambda x, hook: fired.append(hook.site))
+    model.add_hook("**", lambda x, hook: fired.append(hook.site))
     model.reset_hooks()
     model(tokens)
     assert len(fired) == 2

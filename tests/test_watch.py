@@ -34,7 +34,7 @@ def x():
 @pytest.mark.parametrize("schedule", [SCHEDULE, Schedule(SCHEDULE), None], ids=["mapping", "declared", "discovered"])
 def test_every_firing_is_what_the_module_gave_in_that_loop(model, x, schedule):
     expected = by_hand(model, x)
-    with watch(model, ["core.*", "prelude.hook_out", "coda.hook_out"], schedule=schedule) as rec:
+    with watch(model, ["core.**", "prelude.hook_out", "coda.hook_out"], schedule=schedule) as rec:
         out = model(x)
     assert set(rec) == set(expected)
     for site, value in expected.items():
