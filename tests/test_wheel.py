@@ -108,7 +108,7 @@ assert main.is_relative_to(sys.path[0])
 config._main_script_path = str(main)
 config.get_config_options(force_reparse=True)
 print(config.get_option("theme.primaryColor"), config.get_option("server.address"))
-test = AppTest.from_file(str(main), default_timeout=120).run()
+test = AppTest.from_file(str(main), default_timeout=600).run()
 assert not test.exception, test.exception
 print(len(test.title) + len(test.header) > 0)
 """

@@ -122,7 +122,7 @@ def schedule_of(module: nn.Module) -> Scheduled | None:
     Read from its config, so for Huginn it holds ``mean_recurrence`` steps: pass ``huginn(num_steps)`` for others.
     """
     if module in LOOPIFIED:
-        return LOOPIFIED[module]
+        return LOOPIFIED[module].schedule
     config = getattr(getattr(module, "original_model", module), "config", None)
     known = _KNOWN.get(getattr(config, "model_type", ""))
     return known(config) if known else None
