@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from studies.flops import mean_loops, training_flops
-from studies.machine import fastest
+from studies.machine import Precision, Recipe, fastest
 from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
 from studies.training import Kind, TrainConfig
 
@@ -45,13 +45,19 @@ class Preset:
         """The variant of one seed; seed 0 has no mark."""
         return "-".join(filter(None, (self.variant, f"s{seed}" if seed else "")))
 
+    def recipe(self, device: str = "cpu", *, precision: Precision | None = None, compile: bool | None = None) -> Recipe:
+        """Precision and compilation: what is given, else what the preset fixes, else what is fastest here."""
+        return fastest(device, precision=self.train.get("precision") if precision is None else precision,
+                       compile=self.train.get("compile") if compile is None else compile)
+
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
         """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count.
 
-        ``precision`` and ``compile`` are what the machine is fastest with, unless given (`studies.machine.fastest`).
+        ``precision`` and ``compile`` are those of `recipe`, unless given.
         """
         recipe = {**self.train, **overrides}
-        fast = fastest(recipe.get("device", "cpu"), precision=recipe.get("precision"), compile=recipe.get("compile"))
+        fast = self.recipe(recipe.get("device", "cpu"), precision=overrides.get("precision"),
+                           compile=overrides.get("compile"))
         recipe |= {"precision": fast.precision, "compile": fast.compile}
         steps = recipe.pop("steps", None) or self.steps
         base = TrainConfig(task=self.task, model=self.model, **recipe)
