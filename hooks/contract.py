@@ -29,7 +29,8 @@ from hooks.sites import SitePattern, SiteSpace
 from hooks.topology import Topology
 
 Inputs = Any
-"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name."""
+"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name.
+Padded sequences are a mapping of ``input_ids`` and ``attention_mask``: padding is never scored."""
 
 State = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch pos vocab"]
@@ -181,6 +182,11 @@ class LoopedModel(ABC):
         return [str(int(i)) for i in ids]
 
     # ---- inputs, which only a model knows how to cut
+
+    def real_positions(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
+        """Positions that are no padding, or None where there is none: the ``attention_mask`` of a mapping."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def batch_size(self, inputs: Inputs) -> int:
         """How many examples there are."""

@@ -93,7 +93,9 @@ def attention_summary(model: LoopedModel, inputs: Inputs, *, n_loops: int | None
     Sources: 2604.11791, 2510.06477, flows ours after 2605.26106.
     """
     scored = model.scored(inputs)
-    roles, names = torch.stack([scored, ~scored], dim=-1), list(ROLES[model.mask_token_id is not None])
+    real = model.real_positions(inputs)
+    other = ~scored if real is None else ~scored & real.to(scored.device)
+    roles, names = torch.stack([scored, other], dim=-1), list(ROLES[model.mask_token_id is not None])
     topology = model.topology(n_loops)
     sites = [model.attention(depth, n_loops=n_loops) for depth in range(topology.depth)]
     _, rec = model.run_with_cache(inputs, n_loops, names_filter=sites, t=t,
@@ -129,6 +131,7 @@ def pattern_distance(model: LoopedModel, inputs: Inputs, *, n_loops: int | None 
     sites = [model.attention(depth, n_loops=n_loops) for depth in range(topology.depth)]
     frobenius: list[Tensor] = []
     jensen_shannon: list[Tensor] = []
+    real = model.real_positions(inputs)
     size, at_once = model.batch_size(inputs), 1  # the first example tells how large a pattern is
     while len(frobenius) < size:
         chunk = range(len(frobenius), min(size, len(frobenius) + at_once))
@@ -138,6 +141,9 @@ def pattern_distance(model: LoopedModel, inputs: Inputs, *, n_loops: int | None 
         at_once = max(1, CHUNK_ELEMENTS // (len(held) * held[0][0].numel()))
         for example in range(len(chunk)):  # one at a time stays in the processor's cache: twice as fast as a batch
             one = torch.stack([pattern[example] for pattern in held]).float()
+            if real is not None:  # padded queries attend too, but mean nothing
+                kept = real[chunk[example]].to(one.device)
+                one = one[:, :, kept][..., kept]
             frobenius.append(_frobenius(one))
             jensen_shannon.append(_jensen_shannon(one))
     coords = depth_coords(topology)
@@ -180,9 +186,10 @@ def pattern_metric(apart: Array, square: Array, other_square: Array) -> Array:
 
 def _summary(pattern: Float[Tensor, "batch head query key"],
              roles: Bool[Tensor, "batch pos role"]) -> Float[Tensor, "batch head value"]:
-    """The values of `_SUMMARY` in its order, packed along the last axis."""
+    """The values of `_SUMMARY` in its order, packed along the last axis; padding has no role, and counts nowhere."""
     pattern = pattern.float()
-    n_pos = pattern.shape[-1]
+    real = roles.any(-1).to(pattern)
+    n_pos = real.sum(1, keepdim=True)                                          # [batch, 1]
     member = roles.to(pattern)
     size = member.sum(1)                                                       # [batch, role]
     mass = pattern @ member[:, None]                                           # [batch, head, query, key_role]
@@ -190,10 +197,11 @@ def _summary(pattern: Float[Tensor, "batch head query key"],
     over_chance = flow / (size / n_pos)[:, None, None, :]
     entropy = _entropy(pattern)                                                # [batch, head, query]
     entropy_by_role = entropy @ member / size[:, None]
-    column = pattern.mean(2)                                                   # [batch, head, key]
-    concentration = 1 - _entropy(column) / torch.tensor(float(n_pos)).log()
-    sinks = (column >= SINK_THRESHOLD).float().mean(-1)
-    return torch.cat([flow.flatten(2), over_chance.flatten(2), entropy.mean(-1, keepdim=True), entropy_by_role,
+    column = torch.einsum("bhqk,bq->bhk", pattern, real) / n_pos[..., None]    # padded keys have none
+    concentration = 1 - _entropy(column) / n_pos.log()
+    sinks = (column >= SINK_THRESHOLD).float().sum(-1) / n_pos
+    mixing = (entropy * real[:, None]).sum(-1) / n_pos
+    return torch.cat([flow.flatten(2), over_chance.flatten(2), mixing[..., None], entropy_by_role,
                       concentration[..., None], sinks[..., None]], dim=-1)
 
 

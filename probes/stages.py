@@ -147,7 +147,8 @@ def signature(model: LoopedModel, inputs: Inputs, targets: Int[Tensor, "example 
 
 def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], truth: Tensor,
                   scored: Bool[Tensor, "example pos"]) -> Float[Tensor, "example feature"]:
-    pre, attn_out, mlp_out, post, pattern = activations
+    before, after = (F.log_softmax(_wide(read(activations[i])), -1) for i in (0, 3))
+    pre, attn_out, mlp_out, post, pattern = map(_wide, activations)
     on = scored.float()
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
@@ -157,7 +158,6 @@ def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], t
     attention, mlp = attn_out.norm(dim=-1), mlp_out.norm(dim=-1)
     entropy = -(pattern * pattern.clamp_min(1e-12).log()).sum(-1).mean(1)
     to_masked = (pattern * on[:, None, None]).sum(-1).mean(1)
-    before, after = (F.log_softmax(read(x), -1) for x in (pre, post))
     gain = (after - before).gather(-1, truth.clamp_min(0)[..., None])[..., 0]
     spectrum = torch.linalg.svdvals(post)
     spectrum = spectrum / spectrum.sum(-1, keepdim=True)
@@ -168,6 +168,11 @@ def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], t
         mean(-(after.exp() * after).sum(-1), on), mean(gain, on),
         torch.exp(-(spectrum * spectrum.clamp_min(1e-12).log()).sum(-1)),
     ], 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: what is computed from an activation shall not be rounded as the activation was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def example_mean(values: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "..."]:
@@ -228,7 +233,7 @@ def pattern_gram(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, t: Levels 
     parts = []
     for some, some_t, _ in in_chunks(model, inputs, t, size=chunk):
         _, rec = model.run_with_cache(some, cycle.topology.n_loops, t=some_t, names_filter=sites)
-        held = torch.stack([pattern_at(rec, site) for site in sites], 1)     # [example, place, head, query, key]
+        held = torch.stack([_wide(pattern_at(rec, site)) for site in sites], 1)     # [example, place, head, query, key]
         n_heads = held.shape[2]
         flat = held.flatten(3).flatten(1, 2)
         parts.append(flat @ flat.transpose(1, 2))

@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from studies.folders import seeded
-from studies.training.machine import Precision, fastest
+from studies.training.machine import Precision
 from studies.training.presets import PRESETS
 from studies.training.run import Kind, train
 from studies.training.step import join
@@ -73,7 +73,7 @@ def main(args: Pretrain) -> int:
         print(f"no preset is called {args.preset!r}; there are {', '.join(PRESETS)}.", file=sys.stderr)
         return 2
     preset = PRESETS[args.preset]
-    fast = fastest(args.device, precision=args.precision, compile=args.compile)
+    fast = preset.recipe(args.device, precision=args.precision, compile=args.compile)
     if join().is_main:
         for note in fast.notes:
             print(note, flush=True)
@@ -82,9 +82,10 @@ def main(args: Pretrain) -> int:
         for kind in args.kinds or preset.kinds:
             left = None if deadline is None else max(1.0, deadline - time.monotonic())
             chosen = {"steps": args.steps, "precision": args.precision, "compile": args.compile}
-            if fast.precision == "fp32":   # the command on the card gives the same weights on a machine that has more
+            # what this machine goes without, the command on the card goes without on any other
+            if fast.precision == "fp32" and "precision" not in preset.train:
                 chosen["precision"] = "fp32"
-            if not fast.compile:
+            if not fast.compile and "compile" not in preset.train:
                 chosen["compile"] = False
             overrides = {key: value for key, value in chosen.items() if value is not None}
             variant, name = seeded(preset.variant, seed), preset.entry(kind, seed)

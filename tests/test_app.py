@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def app(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.setenv("LOOPSCOPE_ZOO", str(folders[0]))
     monkeypatch.setenv("LOOPSCOPE_RESULTS", str(folders[1]))
-    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=600)
 
 
 def opened(app: AppTest, page: str, **query: str) -> AppTest:

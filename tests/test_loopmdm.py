@@ -167,7 +167,7 @@ def naive_attention(model: LoopMDM, layer: int, x: Tensor) -> Tensor:
 def test_attention_against_a_naive_reference(variant: str) -> None:
     model, tokens = small_model(**VARIANTS[variant]), small_tokens()
     with torch.no_grad():
-        _, rec = model.run_with_cache(tokens, n_loops=2, names_filter=["blocks.1.*@1"])
+        _, rec = model.run_with_cache(tokens, n_loops=2, names_filter=["blocks.1.**@1"])
         normed = rec["blocks.1.ln1.hook_normalized@1"]
         expected = naive_attention(model, 1, normed)
         torch.testing.assert_close(rec["blocks.1.hook_attn_out@1"], expected, atol=1e-5, rtol=1e-4)
@@ -215,7 +215,7 @@ def test_norm_against_its_formula(kind: str) -> None:
 def test_mlp_against_its_formula(mlp: str) -> None:
     model, tokens = small_model(mlp=mlp), small_tokens()
     with torch.no_grad():
-        _, rec = model.run_with_cache(tokens, n_loops=1, names_filter="blocks.1.*")
+        _, rec = model.run_with_cache(tokens, n_loops=1, names_filter="blocks.1.**")
         up, down = model.blocks[1].mlp.up, model.blocks[1].mlp.down
         x = rec["blocks.1.ln2.hook_normalized@0"]
         if mlp == "gelu":

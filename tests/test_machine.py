@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sysconfig
 from pathlib import Path
@@ -119,6 +120,18 @@ def test_a_machine_with_both_says_nothing_and_the_card_names_what_was_asked(monk
         assert (card["training"]["precision"], card["training"]["compile"]) == ("bf16", True)
         assert "--precision" not in card["command"]
         assert "--compile" not in card["command"]
+
+
+def test_what_a_preset_fixes_is_no_lack_of_the_machine(monkeypatch, tmp_path, capsys) -> None:
+    lacking(monkeypatch, bf16=False, compiler=False)
+    fixed = {**TINY.train, "precision": "fp32", "compile": False}
+    monkeypatch.setattr("tests.test_machine.TINY", dataclasses.replace(TINY, train=fixed))
+    cards = run(monkeypatch, tmp_path)
+    assert not any(word in capsys.readouterr().out for word in ("bfloat16", "compile"))
+    assert all("--precision" not in card["command"] and "--compile" not in card["command"] for card in cards.values())
+    for name, preset in PRESETS.items():
+        config = preset.train_config("loop", 0)
+        assert (config.precision, config.compile) == ("fp32", False), name
 
 
 def test_bfloat16_by_name_works_without_instructions_and_says_that_it_is_slow(monkeypatch, tmp_path, capsys) -> None:

@@ -69,8 +69,8 @@ class UnrolledLoopMDM(nn.Module):
         positions, and for ``inputs_embeds`` where the tokens themselves are needed.
         """
         if attention_mask is not None and not bool((attention_mask == 1).all()):
-            raise ValueError("a LoopMDM attends to every position, masked tokens included: attention_mask must be "
-                             "all ones. Cut the sequence instead of padding it.")
+            raise ValueError("the unrolled network attends to every position: attention_mask must be all ones. Give it "
+                             "sequences of one length, or run the looped model, which takes padding.")
         if input_ids is not None:
             tokens, _ = self.looped._checked(input_ids, self.n_loops)
             x = self.tok_embed(tokens)

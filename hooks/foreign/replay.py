@@ -24,39 +24,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooks.foreign import payload
+from hooks.foreign.layouts import StateLayout
 
-CANONICAL = ("batch", "pos", "d_model")
 
-
-@dataclass(frozen=True)
-class StateAxes:
-    """Where batch, positions and width stand in the model's own states."""
-
-    names: tuple[str, ...] = CANONICAL
-
-    def __post_init__(self) -> None:
-        if sorted(self.names) not in (sorted(CANONICAL), sorted(("batch", "d_model"))):
-            raise ValueError(f"axes name the layout of a state: {CANONICAL} in some order, or ('batch', 'd_model') "
-                             f"where there are no positions, not {self.names!r}.")
-
-    @property
-    def batch(self) -> int:
-        return self.names.index("batch")
-
-    def canonical(self, value: Tensor, what: str = "a layer's state") -> Float[Tensor, "batch pos d_model"]:
-        """From the model's layout to [batch, pos, d_model]; states without positions get one."""
-        if value.ndim != len(self.names):
-            raise ValueError(f"{what} has {value.ndim} axes, {list(value.shape)}, and was declared to be "
-                             f"{' × '.join(self.names)}: pass axes= with the names in the order of the tensor.")
-        if "pos" not in self.names:
-            return value.movedim(self.batch, 0)[:, None]
-        return value.permute(*(self.names.index(name) for name in CANONICAL))
-
-    def native(self, value: Float[Tensor, "batch pos d_model"]) -> Tensor:
-        """The way back."""
-        if "pos" not in self.names:
-            return value[:, 0].movedim(0, self.batch)
-        return value.permute(*(CANONICAL.index(name) for name in self.names))
+def canonical(layout: StateLayout, value: Tensor, what: str = "a layer's state") -> Float[Tensor, "batch pos d_model"]:
+    """``value`` in the layout of the contract. ValueError if it has other axes than ``layout``."""
+    if value.ndim != len(layout.own):
+        raise ValueError(f"{what} has {value.ndim} axes, {list(value.shape)}, and was declared to be "
+                         f"{' × '.join(layout.own)}: pass axes= with the names in the order of the tensor.")
+    return layout.canonical(value)
 
 
 @dataclass(frozen=True)
@@ -69,7 +45,7 @@ class Trace:
 
     call: Callable[[Tensor | None], Any]
     layers: tuple[nn.Module, ...]
-    axes: StateAxes
+    layout: StateLayout
     entered: Float[Tensor, "batch pos d_model"]
     outputs: tuple[Any, ...]
     answer: Any
@@ -91,7 +67,7 @@ class Trace:
             state = self.entered
         else:
             output = self.outputs[depth - 1]
-            state = self.axes.canonical(payload.get(output, _where(output, self.layers[depth - 1])))
+            state = canonical(self.layout, payload.get(output, _where(output, self.layers[depth - 1])))
         return state if self.index is None else state[self.index]
 
     def replay(self, start: int, stop: int | None, state: Float[Tensor, "row pos d_model"]) -> Any:
@@ -109,7 +85,7 @@ class Trace:
     # ------------------------------------------------------------------ private
 
     def _replayed(self, index: Tensor | None, start: int, stop: int | None, state: Tensor) -> Any:
-        native, count = self.axes.native(state), 0
+        native, count = self.layout.original(state), 0
 
         def step(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal count
@@ -130,7 +106,7 @@ class Trace:
                 answer = self.call(index)
             except _Reached as reached:
                 layer = self.layers[(stop or 0) - 1]
-                return self.axes.canonical(payload.get(reached.output, _where(reached.output, layer)))
+                return canonical(self.layout, payload.get(reached.output, _where(reached.output, layer)))
         if stop is not None or count < len(self.layers):
             raise RuntimeError(f"the model ran {count} of its {len(self.layers)} layers when it was run again: its "
                                "number of loops depends on its state, and it cannot be run layer by layer.")
@@ -154,7 +130,7 @@ class Trace:
             waiting = [row for row in waiting if row not in results]
         first = results[0][0]
         where = () if isinstance(first, Tensor) else payload.find(first)
-        axis = 0 if stop is not None else self.axes.batch
+        axis = 0 if stop is not None else self.layout.own.index("batch")
         picked = [payload.get(whole, where).select(axis, example) for whole, example in
                   (results[row] for row in range(len(index)))]
         stacked = torch.stack(picked, axis)
@@ -165,17 +141,18 @@ class Trace:
         if index is None:
             return output
         where = _where(output, self.layers[depth])
-        return payload.put(output, where, payload.get(output, where).index_select(self.axes.batch, index))
+        axis = self.layout.own.index("batch")
+        return payload.put(output, where, payload.get(output, where).index_select(axis, index))
 
 
 def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
-           axes: Callable[[Tensor], StateAxes], draws: Callable[[], bool]) -> Trace:
+           layout_of: Callable[[Tensor], StateLayout], draws: Callable[[], bool]) -> Trace:
     """One forward of the module, ``call(None)``, with what each of ``layers`` returned.
 
     ``draws`` says, after that forward, whether it drew random numbers.
 
-    ``axes`` tells the layout of a state from the first one. Raises RuntimeError if the module runs other layers than
-    these, in this order, or another number of times.
+    ``layout_of`` tells the layout of a state from the first one. Raises RuntimeError if the module runs other layers
+    than these, in this order, or another number of times.
     """
     entered: list[Tensor] = []
     outputs: list[Any] = []
@@ -200,8 +177,8 @@ def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
         raise RuntimeError(f"the model ran {len(outputs)} layers and was declared to run {len(layers)}: the number of "
                            "loops or the list of layers is another one. describe(module, inputs) prints how often "
                            "each module runs.")
-    layout = axes(entered[0])
-    return Trace(call, tuple(layers), layout, layout.canonical(entered[0]), tuple(outputs), answer, draws())
+    layout = layout_of(entered[0])
+    return Trace(call, tuple(layers), layout, canonical(layout, entered[0]), tuple(outputs), answer, draws())
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 from studies.folders import entry_name, seeded
 from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
 from studies.training.flops import mean_loops, training_flops
-from studies.training.machine import fastest
+from studies.training.machine import FastSettings, Precision, fastest
 from studies.training.run import Kind, TrainConfig
 
 GROWN: dict[str, Any] = {"loops_drawn": "growth", "masks": "exact"}
@@ -43,14 +43,20 @@ class Preset:
         """Name of a run, and of its zoo folder."""
         return entry_name(self.task.name, kind, seeded(self.variant, seed))
 
+    def recipe(self, device: str = "cpu", *, precision: Precision | None = None,
+               compile: bool | None = None) -> FastSettings:
+        """Precision and compilation: what is given, else what the preset fixes, else what is fastest here."""
+        return fastest(device, precision=self.train.get("precision") if precision is None else precision,
+                       compile=self.train.get("compile") if compile is None else compile)
+
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
         """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count.
 
-        ``precision`` and ``compile`` are what the machine is fastest with, unless given
-        (`studies.training.machine.fastest`).
+        ``precision`` and ``compile`` are those of `recipe`, unless given.
         """
         recipe = {**self.train, **overrides}
-        fast = fastest(recipe.get("device", "cpu"), precision=recipe.get("precision"), compile=recipe.get("compile"))
+        fast = self.recipe(recipe.get("device", "cpu"), precision=overrides.get("precision"),
+                           compile=overrides.get("compile"))
         recipe |= {"precision": fast.precision, "compile": fast.compile}
         steps = recipe.pop("steps", None) or self.steps
         base = TrainConfig(task=self.task, model=self.model, **recipe)
