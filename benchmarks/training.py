@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.timing import Estimate, alternate, compare
 from hooks.model.diffusion import antithetic_t, corrupt, nelbo
-from hooks.writing import replacing
+from hooks.writing import written_whole
 from studies.training.flops import training_flops
 from studies.training.machine import fastest
 from studies.training.presets import PRESETS
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         "only masked positions unembedded. *Plain PyTorch*: float32, eager, every position unembedded. *Matrix rate*: "
         "the best that torch reaches on the products of the model's layers in that precision. *Data*: share of the "
         "recipe's step spent making examples.", table(rates, products)])
-    with replacing(Path(__file__).with_name("training.md")) as temporary:
+    with written_whole(Path(__file__).with_name("training.md")) as temporary:
         temporary.write_text(text + "\n")
 
 

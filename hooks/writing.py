@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place, then renamed into it.
 
-    with replacing("results/claims.md") as temporary:
+    with written_whole("results/claims.md") as temporary:
         temporary.write_text(text)
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path) -> Iterator[Path]:
     """A path in the folder of ``path``, which is made if need be; what the block writes there becomes ``path``.
 
     It may be a file or a folder, and takes the place of what was there. If the block raises, ``path`` stays as it

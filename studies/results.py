@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import xarray as xr
 
-from hooks.writing import replacing
+from hooks.writing import written_whole
 from studies.folders import folder
 from studies.zoo import Entry, Problem, read_json
 
@@ -74,7 +74,7 @@ def write_results(folder: str | Path, *, study: str, verdict: Mapping[str, Any],
     if found := _not_finite(told):
         raise ValueError(f"the verdict of {final.name} holds no finite number at {', '.join(found)}: store None, or "
                          "the reason why it is not defined.")
-    with replacing(final) as temporary:
+    with written_whole(final) as temporary:
         temporary.mkdir()
         (temporary / "verdict.json").write_text(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         (temporary / "report.html").write_text(html)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooks import HookedLoopMDM
-from hooks.writing import replacing
+from hooks.writing import written_whole
 from studies.folders import entry_name, folder, group_name
 from studies.tasks import Task, load_task
 from studies.training.flops import forward_flops
@@ -250,7 +250,7 @@ def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: 
 
     name = entry_name(config.task.name, config.kind, variant)
     card = make_card(config, result, name=name, variant=variant, command=command)
-    with replacing(Path(zoo) / name) as temporary:
+    with written_whole(Path(zoo) / name) as temporary:
         temporary.mkdir()
         copy.deepcopy(result.model).half().cpu().save_pretrained(temporary)
         (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What is written through `replacing` appears whole or not at all; names of the zoo are made and read in one place."""
+"""What is written through `written_whole` appears whole or not at all; names of the zoo are made in one place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hooks.writing import replacing
+from hooks.writing import written_whole
 from studies.folders import entry_name, group_name, seeded, without_seed
 from studies.results import SCRIPTS, list_results, made_by, read_results, write_results
 
@@ -17,7 +17,7 @@ def test_what_is_written_takes_the_place_of_what_was_there(tmp_path: Path, befor
     target = tmp_path / "made" / "target"
     make(target, before, "old")
     make(target.with_name(".target.tmp"), before, "left by a process that was killed")
-    with replacing(target) as temporary:
+    with written_whole(target) as temporary:
         make(temporary, after, "new")
         if before != "nothing":
             assert (target / "inside" if before == "a folder" else target).read_text() == "old"
@@ -30,7 +30,7 @@ def test_an_exception_leaves_what_was_there_and_nothing_else(tmp_path: Path, wha
     target = tmp_path / "target"
     make(target, what, "old")
     def half() -> None:
-        with replacing(target) as temporary:
+        with written_whole(target) as temporary:
             make(temporary, what, "new")
             raise RuntimeError("half way")
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, PositionTable, Readout
-from hooks.model.layers import MLP, Attention, Block, Norm, Rotary, rotate
+from hooks.model.layers import MLP, Attention, Block, NormLayer, Rotary, rotate
 from hooks.model.loopmdm import LoopMDM
 
 
@@ -180,7 +180,7 @@ class UnrolledNorm(nn.Module):
 
     bias = None
 
-    def __init__(self, source: Norm, scaled: bool = True):
+    def __init__(self, source: NormLayer, scaled: bool = True):
         super().__init__()
         self.source, self.scaled = source, scaled
 

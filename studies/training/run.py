@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import NoiseLevels
-from hooks.writing import replacing
+from hooks.writing import written_whole
 from studies.tasks import Automaton, Task
 from studies.training.draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_masks, loop_weights, rate
 from studies.training.evaluation import held_out, idle_loops
@@ -247,7 +247,7 @@ class TrainingRun:
         state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict(),
                  "step": self.step, "flops": self.flops, "seconds": self.seconds,
                  "metrics": json.dumps(self.metrics), "identity": json.dumps(self.identity(), sort_keys=True)}
-        with replacing(self.path / "checkpoint.pt") as temporary:
+        with written_whole(self.path / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
 
     def restore(self) -> None:
@@ -268,5 +268,5 @@ class TrainingRun:
         if not self.world.is_main:
             return
         lines = "".join(json.dumps(row) + "\n" for row in self.metrics)  # rows after the checkpoint are run again
-        with replacing(self.path / "metrics.jsonl") as temporary:
+        with written_whole(self.path / "metrics.jsonl") as temporary:
             temporary.write_text(lines)
