@@ -1,6 +1,6 @@
 """The benchmark's tables, as Markdown: benchmarks/results.md and the README between two markers.
 
-    write(speed, times, memory, imports, root)
+    write(speed, times, memory, root)
 """
 
 from __future__ import annotations
