@@ -1,4 +1,4 @@
-"""The house's own rules: imports point one way, heavy packages stay where they belong."""
+"""Rules of the layout: imports point one way, heavy packages stay where they belong, one name is one thing."""
 
 from __future__ import annotations
 
