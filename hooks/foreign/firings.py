@@ -305,7 +305,8 @@ class Run:
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             index = self._next(tap, module)
-            if index is None or not tap.actions[index] or output is payload.REPLAYING.answer:
+            if index is None or not tap.actions[index] or (
+                    payload.REPLAYING.on and output is payload.REPLAYING.answer):
                 return None
             return self._applied(tap, index, output, module, conversion)
 
