@@ -59,7 +59,7 @@ class Context(Protocol):
         """The context of some of the examples, in this order; an example may be taken several times."""
 
 
-class Run(NamedTuple):
+class Forward(NamedTuple):
     """One forward: the state that enters each depth, with the last one after the last layer, and the answer."""
 
     states: tuple[State, ...]
@@ -159,13 +159,13 @@ class LoopedModel(ABC):
         """The answer when looping stops at ``state``: the tail, then `read` (the coda lens of 2507.02199)."""
         return self.resume(context.topology.depth - context.topology.n_tail, state, context)
 
-    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Run:
+    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Forward:
         """One forward with the state before and after every layer."""
         state, context = self.enter(inputs, n_loops, t=t)
         states = [state]
         for depth in range(context.topology.depth):
             states.append(self.apply(depth, states[-1], context))
-        return Run(tuple(states), self.read(states[-1], context), context)
+        return Forward(tuple(states), self.read(states[-1], context), context)
 
     # ---- what its answers are about
 

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hooks.hook_points import LoopClock
 from hooks.sites import LoopAxes, Site, SiteSpace
-
-if TYPE_CHECKING:
-    from hooks.model.loopmdm import LoopMDM
 
 At = slice | Tensor | Sequence[int] | int
 """Positions: a slice, indices (none, if there are none), or booleans [pos] or [batch, pos]."""
@@ -98,12 +96,22 @@ Plan = tuple[Pass, ...]
 Replan = Callable[[Plan], Plan]
 
 
+class Loopable(Protocol):
+    """What a plan asks of a model: one pass of its mid layers, and the clock that its hook points look at."""
+
+    clock: LoopClock
+
+    def loop(self, x: Tensor, k: int, injected: Tensor, condition: Tensor | None = None, real: Tensor | None = None, *,
+             step: Pass | None = None) -> Tensor:
+        """The mid layers as ``step`` has them, as loop ``k``."""
+
+
 def straight(n_loops: int, layers: Sequence[int]) -> Plan:
     """The plan of an unedited forward."""
     return tuple(Pass(k, tuple(layers)) for k in range(n_loops))
 
 
-def run(model: LoopMDM, plan: Plan, x: Tensor, injected: Tensor, condition: Tensor | None,
+def run(model: Loopable, plan: Plan, x: Tensor, injected: Tensor, condition: Tensor | None,
         real: Tensor | None = None) -> Tensor:
     """All passes of ``plan`` on the state ``x`` [batch, pos, d_model]."""
     for k, step in enumerate(plan):
@@ -124,7 +132,7 @@ def _fires(name: str, step: Pass) -> bool:
     return int(parts[1]) in step.layers if parts[0] == "blocks" else bool(step.layers)
 
 
-def _run_pass(model: LoopMDM, step: Pass, k: int, x: Tensor, injected: Tensor, condition: Tensor | None,
+def _run_pass(model: Loopable, step: Pass, k: int, x: Tensor, injected: Tensor, condition: Tensor | None,
               real: Tensor | None) -> Tensor:
     out = model.loop(x, k, injected, condition, real, step=step) if step.layers else x
     for where, other in step.instead:

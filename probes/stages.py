@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooks import HookedLoopMDM, LoopMDMConfig, Topology
+from hooks import LoopMDMConfig, Topology
+from hooks.contract import Inputs, Levels, LoopedModel
+from hooks.edits import patch
+from probes.attention import PATTERN_METRIC, pattern_at, pattern_metric
+from probes.batching import in_chunks
 from probes.measurement import measurement
 
 FEATURES = {
@@ -110,36 +115,41 @@ def whole(config: LoopMDMConfig) -> Cycle:
 # ------------------------------------------------------------------ signatures
 
 @torch.no_grad()
-def signature(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], targets: Int[Tensor, "example pos"],
-              cycle: Cycle, *, t: float | None = None, chunk: int = 64) -> xr.DataArray:
+def signature(model: LoopedModel, inputs: Inputs, targets: Int[Tensor, "example pos"], cycle: Cycle, *,
+              t: Levels = None, chunk: int = 64) -> xr.DataArray:
     """What each layer does, in numbers: example × loop × layer × feature (see `FEATURES`).
 
-    Every number is a mean over one example's masked (or visible) positions; NaN where there are none.
+    Every number is a mean over one example's scored positions, the masked ones of a masked model, or over the others;
+    NaN where there are none. ``targets`` hold the answers at scored positions, −1 where there is none.
+    Raises `hooks.Unavailable` where the model does not give one of the places or patterns.
     """
-    hooks = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_pattern")
-    sites = {hook: cycle.sites(hook) for hook in hooks}
+    n_loops, depths = cycle.topology.n_loops, [depth for loop in cycle.depths for depth in loop]
+    places = [[*(model.site(depth, kind, n_loops=n_loops) for kind in ("resid_pre", "attn_out", "mlp_out",
+                                                                      "resid_post")),
+               model.attention(depth, n_loops=n_loops)] for depth in depths]
     parts = []
-    for start in range(0, len(noised), chunk):
-        tokens, truth = noised[start:start + chunk], targets[start:start + chunk]
-        masked = tokens == model.config.mask_token_id
-        wanted = [site for listed in sites.values() for site in listed]
-        _, rec = model.run_with_cache(tokens, cycle.topology.n_loops, t=t, names_filter=wanted)
-        condition = model.condition(tokens, t)
-        rows = [_signature_at(model, [rec[sites[hook][i]] for hook in hooks], truth, masked, condition)
-                for i in range(len(sites["hook_resid_pre"]))]
+    for some, some_t, index in in_chunks(model, inputs, t, size=chunk):
+        truth = targets[index.to(targets.device)]
+        scored = model.scored(some) & (truth >= 0)
+        wanted = [site for sites in places for site in sites]
+        _, rec = model.run_with_cache(some, n_loops, t=some_t, names_filter=wanted)
+        _, context = model.enter(some, n_loops, t=some_t)
+        rows = [_signature_at(partial(model.read, context=context), [*(rec[site] for site in sites[:-1]),
+                                                                      pattern_at(rec, sites[-1])], truth, scored)
+                for sites in places]
         parts.append(torch.stack(rows, 1))
-    values = torch.cat(parts).view(len(noised), cycle.n_loops, cycle.n_layers, len(FEATURES))
+    values = torch.cat(parts).view(-1, cycle.n_loops, cycle.n_layers, len(FEATURES))
     return measurement(values, ("example", "loop", "layer", "feature"), coords={"feature": list(FEATURES)},
                        long_name="signature of a layer", units="1",
                        definition="; ".join(f"{name}: {text}" for name, (_, text) in FEATURES.items()),
                        source="features after arXiv 2604.11791, 2406.19384, 2510.06477")
 
 
-def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor, masked: Bool[Tensor, "example pos"],
-                  condition: Tensor | None) -> Float[Tensor, "example feature"]:
-    before, after = (F.log_softmax(_wide(model.unembed(activations[i], condition)), -1) for i in (0, 3))
+def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], truth: Tensor,
+                  scored: Bool[Tensor, "example pos"]) -> Float[Tensor, "example feature"]:
+    before, after = (F.log_softmax(_wide(read(activations[i])), -1) for i in (0, 3))
     pre, attn_out, mlp_out, post, pattern = map(_wide, activations)
-    on = masked.float()
+    on = scored.float()
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
         total = where.sum(1)
@@ -148,7 +158,7 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
     attention, mlp = attn_out.norm(dim=-1), mlp_out.norm(dim=-1)
     entropy = -(pattern * pattern.clamp_min(1e-12).log()).sum(-1).mean(1)
     to_masked = (pattern * on[:, None, None]).sum(-1).mean(1)
-    gain = (after - before).gather(-1, truth[..., None])[..., 0]
+    gain = (after - before).gather(-1, truth.clamp_min(0)[..., None])[..., 0]
     spectrum = torch.linalg.svdvals(post)
     spectrum = spectrum / spectrum.sum(-1, keepdim=True)
     return torch.stack([
@@ -211,21 +221,24 @@ def profile_correlation(a: Float[np.ndarray, "layer feature"], b: Float[np.ndarr
 # ----------------------------------------------------------- attention patterns
 
 @torch.no_grad()
-def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle: Cycle, *, t: float | None = None,
+def pattern_gram(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, t: Levels = None,
                  chunk: int = 32) -> xr.DataArray:
     """Inner products ⟨A_a, A_b⟩ of all attention patterns of a cycle, per example.
 
     example × a × b, where a and b run over (loop, layer, head), in that order. Distances, head
     matchings and intervals all follow from it, so that patterns are never held together.
+    Raises `hooks.Unavailable` where the model makes no patterns.
     """
-    sites = cycle.sites("attn.hook_pattern")
+    sites = _pattern_sites(model, cycle)
     parts = []
-    for start in range(0, len(noised), chunk):
-        _, rec = model.run_with_cache(noised[start:start + chunk], cycle.topology.n_loops, t=t, names_filter=sites)
-        flat = torch.stack([_wide(rec[site]) for site in sites], 1).flatten(3).flatten(1, 2)
+    for some, some_t, _ in in_chunks(model, inputs, t, size=chunk):
+        _, rec = model.run_with_cache(some, cycle.topology.n_loops, t=some_t, names_filter=sites)
+        held = torch.stack([_wide(pattern_at(rec, site)) for site in sites], 1)     # [example, place, head, query, key]
+        n_heads = held.shape[2]
+        flat = held.flatten(3).flatten(1, 2)
         parts.append(flat @ flat.transpose(1, 2))
     index = np.array([(k, i, h) for k in range(cycle.n_loops) for i in range(cycle.n_layers)
-                      for h in range(model.config.n_heads)])
+                      for h in range(n_heads)])
     coords: dict[Any, Any] = {f"{name}_{side}": (side, index[:, j]) for side in "ab"
                               for j, name in enumerate(("loop", "layer", "head"))}
     return measurement(torch.cat(parts), ("example", "a", "b"), coords=coords,
@@ -236,15 +249,15 @@ def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle
 def head_distances(gram: xr.DataArray) -> xr.DataArray:
     """Distance between the patterns of every two (loop, layer) pairs, heads matched: example × p × q.
 
-    d = ‖A − B‖_F / √(‖A‖²_F + ‖B‖²_F), 0 for equal patterns and 1 for disjoint ones, averaged over heads.
+    The distance of two patterns is `probes.attention.pattern_metric`, averaged over heads.
     Heads have no common order in different layers, so each pair of layers is given the matching of heads
     (Hungarian, on the mean over examples) under which they are nearest: the comparison favours "same".
     Distances below `PATTERN_ROUNDING` are 0.
     """
     products = gram.values
     squares = np.einsum("eaa->ea", products)
-    total = squares[:, :, None] + squares[:, None, :]
-    distance = np.sqrt(np.clip(total - 2 * products, 0, None) / np.maximum(total, 1e-12))
+    a, b = squares[:, :, None], squares[:, None, :]
+    distance = pattern_metric(np.sqrt(np.clip(a + b - 2 * products, 0, None)), a, b)
     distance = np.where(distance < PATTERN_ROUNDING, 0, distance)
     heads = int(gram.head_a.max()) + 1
     n = products.shape[1] // heads
@@ -258,13 +271,13 @@ def head_distances(gram: xr.DataArray) -> xr.DataArray:
     coords: dict[Any, Any] = {"loop": ("p", loops), "layer": ("p", layers),
                               "loop_q": ("q", loops), "layer_q": ("q", layers)}
     return measurement(matched, ("example", "p", "q"), coords=coords, long_name="distance of attention patterns",
-                       units="1", definition="‖A − B‖_F / √(‖A‖² + ‖B‖²), mean over optimally matched heads",
+                       units="1", definition=f"{PATTERN_METRIC}, mean over optimally matched heads",
                        source="after arXiv 2604.11791")
 
 
 @torch.no_grad()
-def frozen_attention(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle: Cycle, *, after: int,
-                     matching: xr.DataArray | None = None, t: float | None = None,
+def frozen_attention(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, after: int,
+                     matching: xr.DataArray | None = None, t: Levels = None,
                      chunk: int = 64) -> Int[Tensor, "example pos"]:
     """The model's answers when every loop later than ``after`` must reuse that loop's attention patterns.
 
@@ -272,25 +285,24 @@ def frozen_attention(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], c
     looks changes little. ``matching``, a `pattern_gram`, matches heads between layers first (a cycle of
     physically different layers has no common head order); None takes heads by index.
     """
-    sites = cycle.sites("attn.hook_pattern")
-    n_layers = cycle.n_layers
+    sites, n_layers, n_loops = _pattern_sites(model, cycle), cycle.n_layers, cycle.topology.n_loops
+    source = range(after * n_layers, (after + 1) * n_layers)
     answers = []
-    for start in range(0, len(noised), chunk):
-        tokens = noised[start:start + chunk]
-        source = sites[after * n_layers:(after + 1) * n_layers]
-        _, rec = model.run_with_cache(tokens, cycle.topology.n_loops, t=t, names_filter=source)
+    for some, some_t, _ in in_chunks(model, inputs, t, size=chunk):
+        _, rec = model.run_with_cache(some, n_loops, t=some_t, names_filter=[sites[place] for place in source])
         edits = []
-        for k in range(after + 1, cycle.n_loops):
-            for i in range(n_layers):
-                order = None if matching is None else _matched_heads(matching, k * n_layers + i, after * n_layers + i)
-                pattern = rec[source[i]] if order is None else rec[source[i]][:, order]
-                edits.append((sites[k * n_layers + i], _replace_with(pattern)))
-        answers.append(model.run_with_hooks(tokens, cycle.topology.n_loops, fwd_hooks=edits, t=t).argmax(-1))
+        for place in range(source.stop, len(sites)):
+            taken = source[place % n_layers]
+            pattern = rec[sites[taken]]
+            edits.append(patch(sites[place], pattern if matching is None
+                               else pattern[:, _matched_heads(matching, place, taken)]))
+        answers.append(model.run_with_hooks(some, n_loops, fwd_hooks=edits, t=some_t).argmax(-1))
     return torch.cat(answers)
 
 
-def _replace_with(value: Tensor) -> Callable[..., Tensor]:
-    return lambda _activation, hook: value
+def _pattern_sites(model: LoopedModel, cycle: Cycle) -> list[str]:
+    """Where the attention patterns of a cycle are, loop by loop, layer by layer."""
+    return [model.attention(depth, n_loops=cycle.topology.n_loops) for loop in cycle.depths for depth in loop]
 
 
 def _matched_heads(gram: xr.DataArray, p: int, q: int) -> Int[np.ndarray, "head"]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from studies import machine
+from studies.training import machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

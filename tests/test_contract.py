@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +26,7 @@ from probes import (
     read_lens,
     trajectory_pca,
 )
+from probes.stages import Cycle, frozen_attention, head_distances, pattern_gram, signature
 from studies.examples.architectures import HuginnLike
 from tests.specimens import SPECIMENS, Mine, Specimen
 
@@ -201,6 +205,35 @@ def test_attention_where_it_can_be_had(specimen):
     np.testing.assert_allclose(summary.entropy, expected, atol=1e-4)
     distance = pattern_distance(model, inputs, n_loops=s)
     np.testing.assert_allclose(np.diag(distance.frobenius), 0, atol=1e-6)
+
+
+def test_stages_of_any_model(specimen):
+    """Signatures, pattern distances and frozen attention, of the places that the model has."""
+    model, inputs, s = specimen.model, specimen.inputs, specimen.n_loops
+    cycle = Cycle(model.topology(s), tuple(model.topology(s).loop_depths()))
+    if not specimen.attention:
+        for measured in (partial(pattern_gram, model, inputs, cycle),
+                         partial(frozen_attention, model, inputs, cycle, after=0)):
+            with pytest.raises(Unavailable, match="attention="):
+                measured()
+        return
+    gram = pattern_gram(model, inputs, cycle, chunk=4)
+    whole = patterns(model, inputs, n_loops=s).isel(depth=list(chain.from_iterable(cycle.depths)))
+    norms = (whole ** 2).sum(("query", "key")).transpose("batch", "depth", "head").values
+    np.testing.assert_allclose(np.einsum("eaa->ea", gram.values), norms.reshape(len(norms), -1), rtol=1e-4)
+    assert head_distances(gram).max() <= 1 + 1e-6
+    answer = model(inputs, s).argmax(-1)
+    assert torch.equal(frozen_attention(model, inputs, cycle, after=s - 1, chunk=4), answer)
+    one_loop = Cycle(cycle.topology, cycle.depths[:1])
+    try:
+        found = signature(model, inputs, answer, one_loop, chunk=4)
+    except Unavailable:   # the model has no place for what attention or MLP add
+        return
+    update = found.sel(feature="update").isel(loop=0, layer=0)
+    before, after = model.run(inputs, s).states[cycle.depths[0][0]:][:2]
+    relative = ((after - before).norm(dim=-1) / before.norm(dim=-1)).detach().cpu()
+    scored = model.scored(inputs).cpu().float()
+    np.testing.assert_allclose(update, (relative * scored).sum(1) / scored.sum(1), rtol=1e-3)
 
 
 # ------------------------------------------------------------------------ refusals

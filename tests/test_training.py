@@ -23,13 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import corrupt, nelbo
 from hooks.model.layers import Block
-from studies import machine, zoo
-from studies.flops import forward_flops, mean_loops, training_flops
-from studies.presets import PRESETS
+from studies import zoo
 from studies.tasks import Automaton, Batch
-from studies.training import TrainConfig, TrainResult, train
-from studies.training_draws import loop_weights
-from studies.training_step import Share, TrainingStep, bound
+from studies.training import machine
+from studies.training.draws import loop_weights
+from studies.training.flops import forward_flops, mean_loops, training_flops
+from studies.training.presets import PRESETS
+from studies.training.run import TrainConfig, TrainResult, train
+from studies.training.step import TrainingStep, World, training_nelbo
 from tests.small import VARIANTS, small_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,10 +188,10 @@ def test_the_bound_of_masked_positions_alone_is_the_nelbo(variant):
     n_free = int(batch.free.sum())
     for n_loops in (1, 3):
         whole = nelbo(model(noised, n_loops, t=t), batch.tokens, noised, t, task.mask_token_id, free=batch.free)
-        torch.testing.assert_close(bound(model, batch.tokens, noised, t, n_loops, n_free=n_free), whole)
+        torch.testing.assert_close(training_nelbo(model, batch.tokens, noised, t, n_loops, n_free=n_free), whole)
     by_loop = [nelbo(model(noised, k, t=t), batch.tokens, noised, t, task.mask_token_id, free=batch.free)
                for k in (1, 2, 3)]
-    torch.testing.assert_close(bound(model, batch.tokens, noised, t, 3, n_free=n_free, loss_on="every"),
+    torch.testing.assert_close(training_nelbo(model, batch.tokens, noised, t, 3, n_free=n_free, loss_on="every"),
                                (by_loop[0] + 2 * by_loop[1] + 3 * by_loop[2]) / 6)
 
 
@@ -199,7 +200,7 @@ def test_micro_batches_and_processes_sum_to_the_gradient_of_the_whole_batch():
     batch, noised, t = batch_of(Automaton(rule=90, width=5, rows=2))
     whole_loss = TrainingStep(model).backward(batch, noised, t, 2)
     whole = gradients(model)
-    for parts in ([TrainingStep(model, micro_batches=4)], [TrainingStep(model, share=Share(i, 2)) for i in range(2)]):
+    for parts in ([TrainingStep(model, micro_batches=4)], [TrainingStep(model, world=World(i, 2)) for i in range(2)]):
         model.zero_grad()
         loss = 0.0
         for part in parts:   # what all_reduce sums, without it
@@ -234,7 +235,7 @@ def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
         compiled_by(module, **options, backend=backend)
 
     monkeypatch.setattr(Block, "compile", with_backend)
-    monkeypatch.setattr("studies.training_step.missing_for_compile", lambda device: None)
+    monkeypatch.setattr("studies.training.step.missing_for_compile", lambda device: None)
     batch, noised, t = batch_of(Automaton(rule=90, width=5, rows=2))
     plain, compiled = small_model(vocab_size=3, mask_token_id=2), small_model(vocab_size=3, mask_token_id=2)
     assert TrainingStep(compiled, compile=True).backward(batch, noised, t, 3) == pytest.approx(
@@ -278,7 +279,7 @@ _PROCESSES = """
 import sys
 from pathlib import Path
 from tests.test_training import tiny
-from studies.training import train
+from studies.training.run import train
 train(tiny(Path(sys.argv[1]), time_budget_s=600.0), progress=False)
 """
 

@@ -133,11 +133,11 @@ def _precision(dtype: Any) -> torch.dtype:
     return found
 
 
-def register() -> None:
+def _register_auto_classes() -> None:
     """Make transformers' Auto classes know LoopMDM. Importing this module does so."""
     AutoConfig.register(LoopMDMPretrainedConfig.model_type, LoopMDMPretrainedConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForMaskedLM):
         auto.register(LoopMDMPretrainedConfig, LoopMDMForMaskedLM, exist_ok=True)
 
 
-register()
+_register_auto_classes()

@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, Positions, Readout
-from hooks.model.layers import MLP, Attention, Block, Norm, Rotary, rotate
+from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, PositionTable, Readout
+from hooks.model.layers import MLP, Attention, Block, NormLayer, Rotary, rotate
 from hooks.model.loopmdm import LoopMDM
 
 
@@ -52,7 +52,7 @@ class UnrolledLoopMDM(nn.Module):
         fixed = None if t is None else self._fixed_condition
         self.tok_embed = looped.embed
         if config.position != "rotary":
-            self.pos = Positions(looped)
+            self.pos = PositionTable(looped)
         self.entries = nn.ModuleList(LoopEntry(looped, k) for k in range(self.n_loops))
         self.layers = nn.ModuleList(UnrolledBlock(_block(looped, layer), fixed)
                                     for layer, _ in self.topology.unrolled())
@@ -180,7 +180,7 @@ class UnrolledNorm(nn.Module):
 
     bias = None
 
-    def __init__(self, source: Norm, scaled: bool = True):
+    def __init__(self, source: NormLayer, scaled: bool = True):
         super().__init__()
         self.source, self.scaled = source, scaled
 

@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooks.contract import HookList, Inputs, Kind, Levels, LoopedModel, Run, Unavailable, tensors_of
+from hooks.contract import Forward, HookList, Inputs, Kind, Levels, LoopedModel, Unavailable, tensors_of
 from hooks.foreign import payload
-from hooks.foreign.architectures import Architecture, declared, element, known
+from hooks.foreign.architectures import Architecture, declared, known, pattern_element
 from hooks.foreign.discovery import discover, random_state_kept
 from hooks.foreign.layouts import BATCH_FIRST, StateLayout, declared_layout
 from hooks.foreign.places import places_of
@@ -94,7 +94,7 @@ class AdoptedModel(LoopedModel):
                  readout: Readout | None, attention: str | None, axes: Sequence[str] | None, tokenizer: Any,
                  seed: int):
         if attention is not None:
-            architecture = replace(architecture, attention=element(attention))
+            architecture = replace(architecture, attention=pattern_element(attention))
         self.module, self.architecture, self.tokenizer, self.seed = module, architecture, tokenizer, seed
         self._drew = False
         self._max_loops = n_loops if isinstance(n_loops, int) else architecture.n_loops
@@ -255,11 +255,11 @@ class AdoptedModel(LoopedModel):
             layout: StateLayout = context.trace.layout
             return canonical(layout, self._readout(layout.original(state)), "the readout's result")
 
-    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Run:
+    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Forward:
         _, context = self.enter(inputs, n_loops)
         states = tuple(context.trace.state(depth) for depth in range(context.topology.depth + 1))
         own = self._logits(context.trace.answer) if self._own_logits() else self.read(states[-1], context)
-        return Run(states, own, context)
+        return Forward(states, own, context)
 
     # ---- what its answers are about
 

@@ -18,15 +18,12 @@ import fnmatch
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from hooks.sites import LoopAxes
-
-if TYPE_CHECKING:
-    from hooks.foreign.loopify import Loops
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,24 @@ def schedule_of(module: nn.Module) -> Scheduled | None:
     return known(config) if known else None
 
 
-LOOPIFIED: WeakKeyDictionary[nn.Module, Loops] = WeakKeyDictionary()
+class Loopified(Protocol):
+    """A model that `hooks.foreign.loopify` loops: where the block is in its stack, and how often it runs."""
+
+    path: str
+    first: int
+    n_layers: int
+    block: list[nn.Module]
+
+    @property
+    def n_loops(self) -> int:
+        """How often the block runs."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """How often each layer of the block runs."""
+
+
+LOOPIFIED: WeakKeyDictionary[nn.Module, Loopified] = WeakKeyDictionary()
 """Models that `hooks.foreign.loopify` loops at the moment."""
 
 _KNOWN = {

@@ -13,8 +13,6 @@ forward of it inside another one (in a hook, for example) is refused.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from hooks.model.loopmdm import LoopMDM
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
 from hooks.topology import Topology
+from hooks.writing import written_whole
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -279,9 +278,11 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def _save_pretrained(self, save_directory: Path) -> None:
         """config.json and model.safetensors, each written under a temporary name, then renamed."""
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
-        _replace(save_directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+        with written_whole(save_directory / "model.safetensors") as temporary:
+            save_file(state, temporary, {"format": "pt"})
         text = json.dumps({**FOR_TRANSFORMERS, **self.config.to_dict()}, indent=1) + "\n"
-        _replace(save_directory / "config.json", lambda path: Path(path).write_text(text))
+        with written_whole(save_directory / "config.json") as temporary:
+            temporary.write_text(text)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> HookedLoopMDM:
@@ -357,19 +358,6 @@ def _on_backward(fn: HookFunction) -> HookFunction:
 def _not_fetched(model_id: str | Path, error: Exception) -> FileNotFoundError:
     return FileNotFoundError(f"'{model_id}' is neither a folder here nor a model that could be fetched from the hub "
                              f"({type(error).__name__}: {error})")
-
-
-def _replace(path: Path, write: Callable[[str], Any]) -> None:
-    """Write through a temporary file in the same folder, so that ``path`` is never half-written."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _check_state(model: LoopMDM, state: dict[str, Tensor], path: Path) -> None:

@@ -28,7 +28,7 @@ Points = Callable[[str], HookPoint]
 Rotary = tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]
 
 
-class Norm(nn.Module):
+class NormLayer(nn.Module):
     """RMSNorm (1910.07467) or bias-free LayerNorm over the last axis, with a learned scale.
 
     ``hook_scale`` [batch, pos, 1] is what the input is divided by, ``hook_normalized``
@@ -179,11 +179,11 @@ class Block(nn.Module):
         super().__init__()
         name = f"blocks.{layer}"
         self.hook_resid_pre = points(f"{name}.hook_resid_pre")
-        self.ln1 = Norm(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln1")
+        self.ln1 = NormLayer(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln1")
         self.attn = Attention(config, points, f"{name}.attn")
         self.hook_attn_out = points(f"{name}.hook_attn_out")
         self.hook_resid_mid = points(f"{name}.hook_resid_mid")
-        self.ln2 = Norm(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln2")
+        self.ln2 = NormLayer(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln2")
         self.mlp = MLP(config, points, f"{name}.mlp")
         self.hook_mlp_out = points(f"{name}.hook_mlp_out")
         self.hook_resid_post = points(f"{name}.hook_resid_post")

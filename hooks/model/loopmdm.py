@@ -27,7 +27,7 @@ from hooks.checkpointing import guard_recomputation, may_be_checkpointed, recomp
 from hooks.hook_points import HookPoint, LoopClock
 from hooks.model.config import LoopMDMConfig
 from hooks.model.inputs import AttentionMask, Tokens, as_given, real_positions, take
-from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
+from hooks.model.layers import Block, NormLayer, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
 from hooks.sites import SiteSpace
 
@@ -84,7 +84,7 @@ class LoopMDM(nn.Module):
             self.loop_embed = nn.Embedding(config.max_loops, d)
             self.hook_loop_embed = self._point("hook_loop_embed", looped=True)
         self.blocks.extend(self._block(layer) for layer in range(config.n_head_layers, config.n_layers))
-        self.ln_final = Norm(config.norm, d, config.norm_eps, self._point, "ln_final")
+        self.ln_final = NormLayer(config.norm, d, config.norm_eps, self._point, "ln_final")
         self.final_ada = nn.Linear(config.d_cond, 2 * d) if config.conditioned else None
         self.unembed_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.unembed_weight = None if config.tie_embeddings else nn.Parameter(torch.zeros(config.vocab_size, d))
