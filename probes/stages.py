@@ -10,7 +10,7 @@ Two questions that are easily confused (2604.11791 asks the first):
 The control for both is an unlooped network of the same depth, cut into pseudo-loops. Everything
 here keeps an ``example`` axis, so that intervals come from resampling examples.
 
-    cycle = loop_cycle(model.config, n_loops=4)
+    cycle = own_loops(model.topology(4))
     gram = pattern_gram(model, noised, cycle)
     within, between = repeat_distances(gram)                 # each [example]
 """
@@ -18,7 +18,6 @@ here keeps an ``example`` axis, so that intervals come from resampling examples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooks import HookedLoopMDM, LoopMDMConfig, Topology
+from hooks import HookedLoopMDM, LoopMDMConfig
+from probes.cycles import Cycle
 from probes.measurement import measurement
 
 FEATURES = {
@@ -44,47 +44,6 @@ FEATURES = {
     "effective_rank": ("effective rank", "exp of the entropy of σ/Σσ of X_post [pos, d_model] (Roy & Vetterli 2007)"),
 }
 """What a layer's signature is made of: long name and definition of each number."""
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A stretch of an unrolled network read as loops × layers: ``depths[k][l]`` are unrolled depths."""
-
-    topology: Topology
-    depths: tuple[tuple[int, ...], ...]
-
-    @property
-    def n_loops(self) -> int:
-        return len(self.depths)
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.depths[0])
-
-    def sites(self, hook: str) -> list[str]:
-        """The sites of ``hook``, loop by loop, layer by layer."""
-        return [self.topology.site_at(depth, hook) for loop in self.depths for depth in loop]
-
-
-def loop_cycle(config: LoopMDMConfig, n_loops: int) -> Cycle:
-    """The loops of a LoopMDM, as they run."""
-    n_mid = config.n_loop_layers
-    return Cycle(config.topology(n_loops), tuple(
-        tuple(config.n_head_layers + k * n_mid + i for i in range(n_mid)) for k in range(n_loops)))
-
-
-def pseudo_cycle(config: LoopMDMConfig, n_layers: int, *, offset: int = 0) -> Cycle:
-    """The mid layers of an unlooped model cut into pseudo-loops of ``n_layers``, after skipping ``offset``.
-
-    Layers left over at the end are dropped. Raises ValueError if fewer than two pseudo-loops fit.
-    """
-    n_loops = (config.n_loop_layers - offset) // n_layers
-    if n_loops < 2:
-        raise ValueError(f"{config.n_loop_layers} mid layers after {offset} give {n_loops} pseudo-loops of {n_layers}; "
-                         "the control needs at least two.")
-    start = config.n_head_layers + offset
-    return Cycle(config.topology(1), tuple(
-        tuple(start + k * n_layers + i for i in range(n_layers)) for k in range(n_loops)))
 
 
 def whole(config: LoopMDMConfig) -> Cycle:
@@ -271,33 +230,3 @@ def repeat_distances(distances: xr.DataArray) -> tuple[Float[np.ndarray, "exampl
     other_loop = loop[:, None] != loop[None]
     values = distances.values
     return values[:, same_layer & other_loop].mean(1), values[:, ~same_layer].mean(1)
-
-
-# -------------------------------------------------------------------- intervals
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95% bootstrap interval over examples."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def below(self, other: Interval | float) -> bool:
-        """Does the whole interval lie below a number, or below another whole interval?"""
-        return self.high < (other.low if isinstance(other, Interval) else other)
-
-
-def bootstrap(statistic: Callable[..., float], *samples: Float[np.ndarray, "example ..."], seed: int = 0,
-              n_resamples: int = 500) -> Interval:
-    """Percentile interval of ``statistic(*samples)`` under resampling of examples, the first axis (Efron 1979)."""
-    rng, n = np.random.default_rng(seed), len(samples[0])
-    draws = []
-    for _ in range(n_resamples):
-        picked = rng.integers(0, n, n)
-        draws.append(statistic(*(sample[picked] for sample in samples)))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(statistic(*samples)), float(low), float(high))

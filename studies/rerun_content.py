@@ -16,9 +16,9 @@ import xarray as xr
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM
+from probes.cycles import Cycle
 from probes.linear import ridge_probes
 from probes.measurement import measurement
-from probes.stages import Cycle
 from studies.rerun_operation import SUBJECTS, Operation, Setting
 
 

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from hooks import HookedLoopMDM
 from hooks.model.diffusion import corrupt
 from probes import stages
+from probes.cycles import Cycle, own_loops, pseudo_loops
+from probes.intervals import Interval, bootstrap
 from probes.measurement import measurement
-from probes.stages import Cycle, Interval
 from studies.tasks import Batch, Task
 from studies.zoo import Entry
 
@@ -52,7 +53,7 @@ class Setting:
         task = models["loop"].task
         batch = task.sample(n_examples, seed=seed, split="test")
         noised = _masked(task, batch, t, seed)
-        pseudo = stages.pseudo_cycle(models["deep"].model.config, models["loop"].model.config.n_loop_layers)
+        pseudo = pseudo_loops(models["deep"].model.topology(1), models["loop"].model.config.n_loop_layers)
         return cls(task, models, untrained, batch, noised, t, seed, n_loops or pseudo.n_loops)
 
     def masked(self, batch: Batch, *, seed: int) -> tuple[Batch, torch.Tensor]:
@@ -64,13 +65,13 @@ class Setting:
         loop, deep = self.models["loop"].model, self.models["deep"].model
         n_layers = loop.config.n_loop_layers
         offsets = range(deep.config.n_loop_layers % n_layers + 1)
-        return {"loop": [(loop, stages.loop_cycle(loop.config, self.n_loops))],
-                "control": [(deep, stages.pseudo_cycle(deep.config, n_layers, offset=o)) for o in offsets],
-                "untrained": [(self.untrained, stages.loop_cycle(self.untrained.config, self.n_loops))]}
+        return {"loop": [(loop, own_loops(loop.topology(self.n_loops)))],
+                "control": [(deep, pseudo_loops(deep.topology(1), n_layers, offset=o)) for o in offsets],
+                "untrained": [(self.untrained, own_loops(self.untrained.topology(self.n_loops)))]}
 
     def bootstrap(self, statistic: Callable[..., float], *samples: np.ndarray) -> Interval:
         """An interval over the held-out examples, the first axis of every sample."""
-        return stages.bootstrap(statistic, *samples, seed=self.seed)
+        return bootstrap(statistic, *samples, seed=self.seed)
 
 
 def _masked(task: Task, batch: Batch, t: float, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from probes.stages import Interval
+from probes.intervals import Interval
 from studies.rerun_operation import SUBJECTS, Operation, Setting
 
 QUESTION = "Do the loops re-run the same stages of inference, or does each loop compute something new?"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from probes.stages import Interval
+from probes.intervals import Interval
 from studies import rerun, rerun_verdict, zoo
 from studies.rerun_operation import Operation
 from studies.results import read_results

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import f_oneway
 
 from probes import stages
-from probes.stages import Interval
+from probes.cycles import own_loops, pseudo_loops
 from tests.small import MASK, small_config, small_model, small_tokens
 
 
@@ -19,19 +19,19 @@ def tokens_and_truth(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_cycles_name_the_layers_that_run():
-    loop = stages.loop_cycle(small_config(n_loop_layers=2), n_loops=3)
+    loop = own_loops(small_config(n_loop_layers=2).topology(3))
     assert loop.depths == ((1, 2), (3, 4), (5, 6))
     assert loop.sites("hook_resid_post")[3] == "blocks.2.hook_resid_post@1"
     deep = small_config(n_loop_layers=5, max_loops=1)
-    assert stages.pseudo_cycle(deep, 2).depths == ((1, 2), (3, 4))
-    assert stages.pseudo_cycle(deep, 2, offset=1).depths == ((2, 3), (4, 5))
+    assert pseudo_loops(deep.topology(1), 2).depths == ((1, 2), (3, 4))
+    assert pseudo_loops(deep.topology(1), 2, offset=1).depths == ((2, 3), (4, 5))
     with pytest.raises(ValueError, match="the control needs at least two"):
-        stages.pseudo_cycle(deep, 3)
+        pseudo_loops(deep.topology(1), 3)
 
 
 def test_signature_equals_the_definitions_computed_by_hand():
     model, (noised, truth) = small_model(), tokens_and_truth(3)
-    cycle = stages.loop_cycle(model.config, n_loops=2)
+    cycle = own_loops(model.topology(2))
     array = stages.signature(model, noised, truth, cycle, chunk=2)
     _, rec = model.run_with_cache(noised, 2)
     example, k, layer = 1, 1, 2
@@ -84,7 +84,7 @@ def test_profile_correlation_is_one_for_rescaled_profiles_and_near_zero_for_nois
 
 def test_gram_and_distances_equal_a_naive_computation():
     model, (noised, _) = small_model(), tokens_and_truth(3)
-    cycle = stages.loop_cycle(model.config, n_loops=2)
+    cycle = own_loops(model.topology(2))
     gram = stages.pattern_gram(model, noised, cycle, chunk=2)
     _, rec = model.run_with_cache(noised, 2, names_filter="blocks.*.attn.hook_pattern")
     a, b = rec["blocks.1.attn.hook_pattern@0"][2, 1], rec["blocks.2.attn.hook_pattern@1"][2, 0]
@@ -112,35 +112,20 @@ def test_a_model_that_repeats_exactly_has_ratio_zero_and_shuffled_layers_ratio_o
         block.mlp.down.weight.data.zero_()
         block.mlp.down.bias.data.zero_()
     within, between = stages.repeat_distances(stages.head_distances(
-        stages.pattern_gram(model, noised, stages.loop_cycle(model.config, n_loops=4))))
+        stages.pattern_gram(model, noised, own_loops(model.topology(4)))))
     assert within.max() < 1e-3
     assert between.min() > 0.01
     deep = small_model(n_loop_layers=8, max_loops=1)
     within, between = stages.repeat_distances(stages.head_distances(
-        stages.pattern_gram(deep, noised, stages.pseudo_cycle(deep.config, 2))))
+        stages.pattern_gram(deep, noised, pseudo_loops(deep.topology(1), 2))))
     assert within.mean() / between.mean() == pytest.approx(1, abs=0.25)
 
 
 def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
     model, noised = small_model(2, vocab_size=40), small_tokens(8)   # many tokens: answers change easily
     model.unembed_bias.data.zero_()
-    cycle = stages.loop_cycle(model.config, n_loops=3)
+    cycle = own_loops(model.topology(3))
     logits = model(noised, 3)
     assert torch.equal(stages.frozen_attention(model, noised, cycle, after=2), logits.argmax(-1))
     changed = stages.frozen_attention(model, noised, cycle, after=0)
     assert not torch.equal(changed, logits.argmax(-1))
-
-
-def test_bootstrap_covers_the_mean_like_the_normal_interval():
-    values = np.random.default_rng(0).normal(size=400)
-    interval = stages.bootstrap(np.mean, values, n_resamples=2000)
-    spread = 1.96 * values.std(ddof=1) / 20
-    assert interval.value == pytest.approx(values.mean())
-    assert interval.high - interval.value == pytest.approx(spread, rel=0.15)
-    assert interval == stages.bootstrap(np.mean, values, n_resamples=2000)
-
-
-def test_intervals_compare_as_wholes():
-    assert Interval(0.3, 0.2, 0.4).below(Interval(0.6, 0.5, 0.7))
-    assert not Interval(0.3, 0.2, 0.55).below(Interval(0.6, 0.5, 0.7))
-    assert not Interval(0.9, 0.8, 1.0).below(1)
