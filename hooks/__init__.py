@@ -7,6 +7,7 @@
     rec["blocks.2.hook_resid_post@3"]
 """
 
+from hooks.foreign.adopt import adopt
 from hooks.foreign.discovery import describe
 from hooks.foreign.loopify import loopify
 from hooks.foreign.schedules import Schedule
@@ -19,4 +20,4 @@ from hooks.sites import Site, SiteError, SiteSpace
 from hooks.topology import Topology
 
 __all__ = ["AdaptiveOutput", "HookPoint", "HookedLoopMDM", "LoopMDM", "LoopMDMConfig", "Recording",
-           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "describe", "loopify", "watch"]
+           "Schedule", "Site", "SiteError", "SiteSpace", "Topology", "adopt", "describe", "loopify", "watch"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,8 +63,9 @@ def describe(module: nn.Module, *args: Any, **kwargs: Any) -> Description:
     return found
 
 
-def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Description:
-    """`describe` without the printing."""
+def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *,
+             run: Callable[[], Any] | None = None) -> Description:
+    """`describe` without the printing. ``run`` runs the module in another way than ``module(*args, **kwargs)``."""
     seen: dict[str, list[Any]] = {}
     removers: list[Any] = []
 
@@ -82,7 +83,10 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
             removers.append(part.register_forward_pre_hook(partial(took, path), with_kwargs=True))
             removers.append(part.register_forward_hook(partial(gave, path), prepend=True))
         with _leaving_no_trace(module):
-            module(*_copied(args), **_copied(dict(kwargs or {})))
+            if run is None:
+                module(*_copied(args), **_copied(dict(kwargs or {})))
+            else:
+                run()
     finally:
         for remover in removers:
             remover.remove()

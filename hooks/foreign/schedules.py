@@ -13,12 +13,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from hooks.sites import LoopAxes
+
+if TYPE_CHECKING:
+    from hooks.foreign.loopify import Loops
 
 Cycles = int | Mapping[str, int]
 """A number of loops, or {letter: number} for nested cycles, outermost first."""
@@ -72,6 +75,17 @@ class Discovered:
         return None if calls == 0 else () if calls == 1 else (("", calls),)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Declared loops, and for modules that no entry covers what a dry run counted, where there was one."""
+
+    declared: Schedule
+    counted: Discovered | None = None
+
+    def axes(self, path: str) -> LoopAxes | None:
+        return self.declared.axes(path) or (() if self.counted is None else self.counted.axes(path))
+
+
 # ----------------------------------------------------------------- architectures
 
 
@@ -114,7 +128,7 @@ def schedule_of(module: nn.Module) -> Scheduled | None:
     return known(config) if known else None
 
 
-LOOPIFIED: WeakKeyDictionary[nn.Module, Scheduled] = WeakKeyDictionary()
+LOOPIFIED: WeakKeyDictionary[nn.Module, Loops] = WeakKeyDictionary()
 """Models that `hooks.foreign.loopify` loops at the moment."""
 
 _KNOWN = {
