@@ -110,7 +110,7 @@ class Trajectory:
 
 @torch.no_grad()
 def exchange(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, maps: Maps = "loop",
-             scored: Bool[Tensor, "batch pos"] | None = None, roles: Int[Tensor, "batch pos"] | None = None,
+             scored: Bool[Tensor, "batch answer"] | None = None, roles: Int[Tensor, "batch pos"] | None = None,
              t: Levels = None, clock: ClockKind = "role", frame: Frame | None = None,
              trajectory: Trajectory | None = None, pairs: Bool[np.ndarray, "content operation"] | None = None,
              shuffle: int | None = None, rows: int = ROWS) -> xr.Dataset:
@@ -132,9 +132,8 @@ def exchange(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, maps: Maps = "
     run = trajectory or Trajectory.of(model, inputs, cycle, maps=maps, t=t)
     n, n_places = run.n_examples, run.n_places
     where = checked_scored(model, inputs, run, scored)
-    halves = halves_of(n)
     if frame is None:
-        frame = Clocks.of(run, group_of(checked_roles(roles, where), clock), halves)
+        frame = Clocks.of(run, group_of(checked_roles(roles, where, run), clock), halves_of(n))
     order = torch.arange(n) if shuffle is None else _derangement(n, shuffle)
     kl = np.full((n_places, n_places, n), np.nan)
     changed = kl.copy()
@@ -201,8 +200,8 @@ class Clocks:
         return self._moved(z, self._met[k, j], k + 1, rows)
 
     def _moved(self, state: Tensor, source: tuple[Tensor, Tensor], to: int, rows: Int[Tensor, "row"]) -> Tensor:
-        other = (~self.halves[rows]).long()[:, None].expand(-1, state.shape[1])   # the half that sets its clock
-        group = self.groups[rows]
+        other = (~self.halves[rows]).long().to(state.device)[:, None]   # the half that sets these examples' clock
+        group = self.groups[rows].to(state.device)
         mean, scale = source[0][other, group], source[1][other, group]
         ratio = torch.where(scale > 0, self.scales[:, to][other, group] / scale.clamp_min(TINY), 0.0)
         return self.means[:, to][other, group] + ratio[..., None] * (state - mean)
@@ -216,18 +215,19 @@ def _clock(state: Float[Tensor, "example pos d_model"], groups: Int[Tensor, "exa
     """Mean and scale of each group in each half; a group that a half lacks takes those of the whole batch."""
     n_groups = int(groups.max()) + 1
     flat, width = state.flatten(0, 1), state.shape[-1]
+    groups, halves = groups.to(state.device), halves.to(state.device)
     label = groups.flatten()
     half = halves.long()[:, None].expand_as(groups).flatten()
     index = half * n_groups + label
-    number = torch.zeros(2 * n_groups, dtype=state.dtype).index_add_(0, index, torch.ones_like(flat[:, 0]))
-    total = torch.zeros(2 * n_groups, width, dtype=state.dtype).index_add_(0, index, flat)
+    number = flat.new_zeros(2 * n_groups).index_add_(0, index, torch.ones_like(flat[:, 0]))
+    total = flat.new_zeros(2 * n_groups, width).index_add_(0, index, flat)
     number, total = number.view(2, n_groups), total.view(2, n_groups, width)
     lacking = number < 2
     number = torch.where(lacking, number.sum(0), number)
     total = torch.where(lacking[..., None], total.sum(0), total)
     mean = total / number[..., None].clamp_min(1)
     squares = (flat - mean.view(-1, width)[index]).square().mean(-1)
-    spread = torch.zeros(2 * n_groups, dtype=state.dtype).index_add_(0, index, squares).view(2, n_groups)
+    spread = flat.new_zeros(2 * n_groups).index_add_(0, index, squares).view(2, n_groups)
     spread = torch.where(lacking, spread.sum(0), spread)
     return mean, (spread / number.clamp_min(1)).sqrt()
 
@@ -242,26 +242,30 @@ def group_of(roles: Int[Tensor, "batch pos"], clock: ClockKind) -> Int[Tensor, "
     return numbered * roles.shape[1] + torch.arange(roles.shape[1], device=roles.device)
 
 
-def checked_roles(roles: Int[Tensor, "batch pos"] | None, scored: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """Roles as numbers, by default scored (1) and not scored (0)."""
+def checked_roles(roles: Int[Tensor, "batch pos"] | None, scored: Bool[Tensor, "batch answer"], run: Trajectory,
+                  ) -> Int[Tensor, "batch pos"]:
+    """The role of every position of the states; by default scored (1) and not scored (0), where answers have the
+    positions of the states, else one role."""
+    shape = run.states[0].shape[:2]
     if roles is None:
-        return scored.long()
-    if roles.shape != scored.shape:
-        raise ValueError(f"roles have shape {tuple(roles.shape)}, the positions {tuple(scored.shape)}.")
+        return scored.long() if scored.shape == shape else torch.zeros(shape, dtype=torch.long)
+    if roles.shape != shape:
+        raise ValueError(f"roles have shape {tuple(roles.shape)}, the states have [batch, pos] = {tuple(shape)}.")
     return roles.long()
 
 
-def checked_scored(model: LoopedModel, inputs: Inputs, run: Trajectory, scored: Bool[Tensor, "batch pos"] | None,
-                   ) -> Bool[Tensor, "batch pos"]:
-    """The positions whose answers count, one per position of the states."""
-    where = model.scored(inputs) if scored is None else scored
-    if where.shape != run.states[0].shape[:2]:
-        raise ValueError(f"scored has shape {tuple(where.shape)}, the states have [batch, pos] = "
-                         f"{tuple(run.states[0].shape[:2])}.")
+def checked_scored(model: LoopedModel, inputs: Inputs, run: Trajectory, scored: Bool[Tensor, "batch answer"] | None,
+                   ) -> Bool[Tensor, "batch answer"]:
+    """The positions whose answers count; answers may have other positions than states (12 bits in one vector)."""
+    where = (model.scored(inputs) if scored is None else scored).bool()
+    answers = run.go_on(run.n_places, run.states[-1], torch.arange(run.n_examples)).shape[:2]
+    if where.shape != answers:
+        raise ValueError(f"scored has shape {tuple(where.shape)}, the model's answers have [batch, pos] = "
+                         f"{tuple(answers)}: give a mask of that shape, scored=….")
     if not bool(where.any()):
         raise ValueError("no position is scored: there is no answer that an exchange could change. Give a mask, "
                          "scored=…, or inputs with masked positions.")
-    return where.bool()
+    return where
 
 
 # ------------------------------------------------------------------------------ private
@@ -272,14 +276,14 @@ def _walked(run: Trajectory, j: int, states: Float[Tensor, "example pos d_model"
 
 
 def _judge(run: Trajectory, k: int, versions: Sequence[Float[Tensor, "example pos d_model"]],
-           scored: Bool[Tensor, "example pos"], rows: int) -> Float[np.ndarray, "2 version example"]:
+           scored: Bool[Tensor, "example answer"], rows: int) -> Float[np.ndarray, "2 version example"]:
     """KL from the clean answer and share of changed answers, when each version of the state enters place k + 1."""
     found = np.empty((2, len(versions), run.n_examples))
     for some in torch.arange(run.n_examples).split(max(1, rows // (1 + len(versions)))):
         together = torch.cat([run.states[k + 1][some], *(version[some] for version in versions)])
         logits = run.go_on(k + 1, together, some.repeat(1 + len(versions)))
         clean, *others = logits.float().log_softmax(-1).chunk(1 + len(versions))
-        at = scored[some]
+        at = scored[some].to(clean.device)
         on = at.float()
         number = torch.where(at.any(1), on.sum(1), torch.nan)
         for v, other in enumerate(others):
