@@ -123,9 +123,9 @@ def exchange(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, maps: Maps = "
     ``scored`` are the positions whose answers count, by default the model's own rule. ``roles`` [batch, pos] number
     the roles whose clocks are kept apart, by default scored and not scored. ``clock`` keeps one clock per role or
     per role and position. ``frame`` replaces the clocks, as `probes.alignment` does. ``pairs`` restricts which
-    (content, operation) are measured; the others are NaN. ``shuffle``, a seed, gives every exchange and every skip
-    the content of another example: a control for which τ is about 0 or below. ``rows`` bounds the examples of a
-    forward.
+    (content, operation) are measured, and the work to contents that are in one; the others are NaN. ``shuffle``, a
+    seed, gives every exchange and every skip the content of another example: a control for which τ is about 0 or
+    below. ``rows`` bounds the examples of a forward.
 
     Raises ValueError for fewer than two examples, shapes that do not fit, or states that are not finite.
     """
@@ -140,8 +140,10 @@ def exchange(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, maps: Maps = "
     work, changed_by_skip = np.full((n_places, n), np.nan), np.full((n_places, n), np.nan)
     every = torch.arange(n)
     for k in range(n_places):
-        content = run.states[k][order]
         wanted = [j for j in range(n_places) if pairs is None or pairs[k, j]]
+        if not wanted:
+            continue
+        content = run.states[k][order]
         work[k], changed_by_skip[k] = _judge(run, k, [frame.carry(content, k, k + 1, every)], where, rows)[:, 0]
         for some in _groups(wanted, max(1, rows // n)):
             z = [_walked(run, j, frame.carry(content, k, j, every), rows) for j in some]
