@@ -36,11 +36,14 @@ class AlignConfig:
     """How maps are fitted."""
 
     least_spread: float = 0.05      # principal directions kept: spread along them, relative to the largest
-    starts: int = 48                # starts of the search
-    keep: float = 0.25              # share of the starts that goes on from one round to the next
+    starts: int = 150               # random starts of the search
+    good: float = 0.02              # residual at which the search may end
+    keep: float = 0.2               # share of the starts that goes on from one round to the next
     rounds: int = 3                 # rounds of the search
-    steps: int = 80                 # Adam steps of a round, and of the refinement of each place
+    mirrored_directions: int = 24   # with more directions than these, no mirrorings are tried
+    steps: int = 60                 # Adam steps of a round, and of the refinement of each place
     lr: float = 0.1
+    joint_lr: float = 0.01
     joint_steps: int = 150          # Adam steps on all places together
     positions: int = 8192           # positions that one step works on, at most
     tolerance: float = 0.5          # residual that counts half in the joint fit: pairs beyond it stop pulling
@@ -109,7 +112,7 @@ def untuned(run: Trajectory, *, fit: Int[Tensor, "row"], groups: Int[Tensor, "ex
         spectra.append(torch.linalg.svd((flat - means[-1][label]) / len(flat) ** 0.5, full_matrices=False))
     kept = max(1, *(int((s > config.least_spread * s[0]).sum()) for _, s, _ in spectra))
     directions = torch.stack([v[:kept].T for _, _, v in spectra])
-    spreads = torch.stack([s.square().mean().sqrt().clamp_min(1e-6) for _, s, _ in spectra])
+    spreads = torch.stack([(s[:kept].square().mean()).sqrt().clamp_min(1e-6) for _, s, _ in spectra])
     turns = [torch.eye(kept)]
     for k in range(1, len(means)):
         turns.append(_nearest(directions[k].T @ directions[k - 1]) @ turns[-1])
@@ -124,8 +127,12 @@ def _chained(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[T
     turns = list(frame.turns)
     for k, j in zip(members, members[1:], strict=False):
         known = turns[k] @ turns[j].T
-        starts = _starts(run, frame, k, j, fit, known, config, generator) if k == members[0] else known[None]
-        best, back = _search(run, frame, k, j, starts, fit, config, generator)
+        starts = _starts(run, replace(frame, turns=torch.stack(turns)), k, j, fit, known,
+                         config.starts if k == members[0] else 0, generator)
+        best, back, residual = _search(run, frame, k, j, starts, fit, config, generator)
+        if residual > config.good and k == members[0]:
+            more = _starts(run, frame, k, j, fit, best, config.starts, generator)
+            best, back, _ = _search(run, frame, k, j, more, fit, config, generator)
         turns[j] = best.T @ turns[k]                    # content of k turned by `best` is content of j
         if j == k + 1:
             turns[j + 1] = back @ turns[k + 1]          # what f_j made, at j + 1, turned by `back` is that of k + 1
@@ -133,43 +140,123 @@ def _chained(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[T
 
 
 def _starts(run: Trajectory, frame: Aligned, k: int, j: int, fit: Int[Tensor, "row"], known: Tensor,
-            config: AlignConfig, generator: torch.Generator) -> Float[Tensor, "start kept kept"]:
-    """Turns from which the search sets out: those that change the state least, Procrustes solutions between contents
-    (of each example and position, and of each position's mean), both also mirrored along what is least alike, and
-    random ones."""
+            n_random: int, generator: torch.Generator) -> Float[Tensor, "start kept kept"]:
+    """Turns from which the search sets out: the one known so far, Procrustes solutions between whitened contents (of
+    each example and position, and of each position's mean), both also mirrored along what is least alike, and random
+    ones."""
     one, other = (frame.content(run.states[p][fit], p, fit) for p in (k, j))
+    white = [_whitening(content.flatten(0, 1)) for content in (one, other)]
     starts = [known]
     for a, b in ((one.flatten(0, 1), other.flatten(0, 1)), (one.mean(0), other.mean(0))):
-        u, _, v = torch.linalg.svd(a.T @ b)
+        u, _, v = torch.linalg.svd(white[0] @ a.T @ b @ white[1])
         mirrored = u.clone()
         mirrored[:, -1] *= -1
         starts += [u @ v, mirrored @ v]
-    random = torch.randn(max(1, config.starts - len(starts)), *known.shape, generator=generator)
+    random = torch.randn(n_random, *known.shape, generator=generator)
     return torch.cat([torch.stack(starts), torch.linalg.qr(random).Q])
 
 
+def _whitening(content: Float[Tensor, "point kept"]) -> Float[Tensor, "kept kept"]:
+    """The symmetric inverse root of the second moments (a direction without content keeps its own)."""
+    values, vectors = torch.linalg.eigh(content.T @ content / len(content))
+    return (vectors * values.clamp_min(1e-4).rsqrt()) @ vectors.T
+
+
 def _search(run: Trajectory, frame: Aligned, k: int, j: int, starts: Float[Tensor, "start kept kept"],
-            fit: Int[Tensor, "row"], config: AlignConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The turn k → j under which f_j comes nearest to f_k, and the turn j + 1 → k + 1 that goes with it."""
-    current = starts[:max(5, config.positions // (16 * frame.groups.shape[1]))]
-    for _ in range(config.rounds if len(current) > 1 else 1):
-        n_each = max(8, config.positions // (frame.groups.shape[1] * len(current)))
-        skew = torch.zeros_like(current).requires_grad_()
-        optimizer = torch.optim.Adam([skew], lr=config.lr)
-        for step in range(config.steps):
-            optimizer.param_groups[0]["lr"] = config.lr * min(1.0, 2 * (1 - step / config.steps))
-            some = fit[torch.randperm(len(fit), generator=generator)[:n_each]]
+            fit: Int[Tensor, "row"], config: AlignConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """The turn k → j under which f_j comes nearest to f_k, the turn j + 1 → k + 1 that goes with it, what is left."""
+    pair = _Pair(run, frame, k, j, fit, config, generator)
+    current, residual = pair.ranked(starts)
+    current = current[:max(5, config.positions // (16 * frame.groups.shape[1]))]
+    for _ in range(config.rounds):
+        if residual < config.good:
+            break
+        current, residual = pair.ranked(torch.cat([current[:1], pair.descended(current, residual)]))
+        current = current[:max(1, int(len(current) * config.keep))]
+    for _ in range(config.rounds):
+        if residual < config.good or current.shape[-1] > config.mirrored_directions:
+            break
+        moved = pair.mirrored(current[:1])
+        current, reached = pair.ranked(torch.cat([moved, pair.descended(moved, residual)]))
+        if reached > 0.99 * residual:
+            break
+        residual = reached
+    with torch.no_grad():
+        return current[0], _pair(run, frame, k, j, current[:1], fit)[1][0], residual
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The search for one turn: f_j on the content of place k, in the place of f_k."""
+
+    run: Trajectory
+    frame: Aligned
+    k: int
+    j: int
+    fit: Int[Tensor, "row"]
+    config: AlignConfig
+    generator: torch.Generator
+
+    def some(self, n_turns: int) -> Int[Tensor, "row"]:
+        """As many of the examples, in random order, as one step can work on."""
+        n_each = max(8, self.config.positions // (self.frame.groups.shape[1] * n_turns))
+        return self.fit[torch.randperm(len(self.fit), generator=self.generator)[:n_each]]
+
+    @torch.no_grad()
+    def residuals(self, turns: Float[Tensor, "start kept kept"], rows: Int[Tensor, "row"]) -> Float[Tensor, "start"]:
+        size = max(1, self.config.positions // (self.frame.groups.shape[1] * len(rows)))
+        return torch.cat([_pair(self.run, self.frame, self.k, self.j, part, rows)[0] for part in turns.split(size)])
+
+    def ranked(self, turns: Float[Tensor, "start kept kept"]) -> tuple[Float[Tensor, "start kept kept"], float]:
+        """The turns, best first, and the residual of the best on all examples."""
+        residual = self.residuals(turns, self.fit)
+        return turns[residual.argsort()], float(residual.min())
+
+    def descended(self, turns: Float[Tensor, "start kept kept"], residual: float) -> Float[Tensor, "start kept kept"]:
+        """A round of Adam steps from each turn; smaller ones where the best is near its goal."""
+        lr = self.config.lr * min(1.0, max(residual, 0.05))
+        skew = torch.zeros_like(turns).requires_grad_()
+        optimizer = torch.optim.Adam([skew], lr=lr)
+        for step in range(self.config.steps):
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / self.config.steps))
             with torch.enable_grad():
-                loss = _pair(run, frame, k, j, current @ torch.linalg.matrix_exp(skew - skew.mT), some)[0].sum()
+                loss = _pair(self.run, self.frame, self.k, self.j, turns @ torch.linalg.matrix_exp(skew - skew.mT),
+                             self.some(len(turns)))[0].sum()
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
         with torch.no_grad():
-            current = current @ torch.linalg.matrix_exp(skew - skew.mT)
-            residual = torch.cat([_pair(run, frame, k, j, one[None], fit)[0] for one in current])
-        current = current[residual.argsort()[:max(1, int(len(current) * config.keep))]]
-    with torch.no_grad():
-        return current[0], _pair(run, frame, k, j, current[:1], fit)[1][0]
+            return turns @ torch.linalg.matrix_exp(skew - skew.mT)
+
+    @torch.no_grad()
+    def mirrored(self, turn: Float[Tensor, "1 kept kept"]) -> Float[Tensor, "1 kept kept"]:
+        """The turn after mirrorings that exchange two independent components of the content, or the sign of one, each
+        the best of all, as long as they help: what no path of small steps does."""
+        rows = self.some(8)
+        parts = independent_components(self.frame.content(self.run.states[self.k][self.fit], self.k, self.fit)
+                                       .flatten(0, 1), self.generator)
+        first, second = torch.triu_indices(len(parts), len(parts), 1)
+        along = torch.cat([parts, *((parts[first] + sign * parts[second]) / 2 ** 0.5 for sign in (1, -1))])
+        mirrors = torch.eye(turn.shape[-1]) - 2 * along[:, :, None] * along[:, None]
+        best = float(self.residuals(turn, rows))
+        for _ in range(4 * len(parts)):
+            candidates = mirrors @ turn
+            residual = self.residuals(candidates, rows)
+            if float(residual.min()) > 0.99 * best:
+                break
+            turn, best = candidates[residual.argmin()][None], float(residual.min())
+        return turn
+
+
+def independent_components(content: Float[Tensor, "point kept"], generator: torch.Generator,
+                           ) -> Float[Tensor, "component kept"]:
+    """Orthogonal directions along which the content is least Gaussian (FastICA with the cube, Hyvärinen 1999)."""
+    white = content @ _whitening(content)
+    parts = torch.linalg.qr(torch.randn(content.shape[1], content.shape[1], generator=generator)).Q
+    for _ in range(100):
+        along = white @ parts.T
+        parts = _nearest((along ** 3).T @ white / len(white) - 3 * parts)
+    return parts
 
 
 def _pair(run: Trajectory, frame: Aligned, k: int, j: int, turns: Float[Tensor, "start kept kept"],
@@ -194,26 +281,29 @@ def _together(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[
               generator: torch.Generator) -> Aligned:
     """Refine the maps of all places on all exchanges; those that cannot succeed stop pulling."""
     skew = torch.zeros_like(frame.turns).requires_grad_()
-    optimizer = torch.optim.Adam([skew], lr=config.lr / 5)
+    optimizer = torch.optim.Adam([skew], lr=config.joint_lr)
     n_each = max(8, config.positions // (frame.groups.shape[1] * len(members)))
 
     def current() -> Aligned:
         return replace(frame, turns=frame.turns @ torch.linalg.matrix_exp(skew - skew.mT))
 
-    for step in range(config.joint_steps):
-        optimizer.param_groups[0]["lr"] = config.lr / 5 * min(1.0, 2 * (1 - step / config.joint_steps))
-        j = members[step % len(members)]
+    def loss(now: Aligned, j: int, rows: Int[Tensor, "row"]) -> Float[Tensor, ""]:
         sources = [k for k in members if k != j]
+        carried = torch.cat([now.carry(run.states[k][rows], k, j, rows) for k in sources])
+        made = run.operate(j, carried, rows.repeat(len(sources))).chunk(len(sources))
+        residual = torch.stack([(now.shared(z, j + 1, rows) - now.shared(run.states[k + 1][rows], k + 1, rows))
+                                .square().mean() for k, z in zip(sources, made, strict=True)])
+        return (residual / (residual + config.tolerance)).mean()
+
+    for step in range(config.joint_steps):
+        optimizer.param_groups[0]["lr"] = config.joint_lr * min(1.0, 2 * (1 - step / config.joint_steps))
         some = fit[torch.randperm(len(fit), generator=generator)[:n_each]]
         with torch.enable_grad():
-            now = current()
-            carried = torch.cat([now.carry(run.states[k][some], k, j, some) for k in sources])
-            made = run.operate(j, carried, some.repeat(len(sources))).chunk(len(sources))
-            residual = torch.stack([(now.shared(z, j + 1, some) - now.shared(run.states[k + 1][some], k + 1, some))
-                                    .square().mean() for k, z in zip(sources, made, strict=True)])
-            loss = (residual / (residual + config.tolerance)).mean()
+            value = loss(current(), members[step % len(members)], some)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
         optimizer.step()
     with torch.no_grad():
-        return current()
+        refined = current()
+        before, after = (sum(float(loss(one, j, fit)) for j in members) for one in (frame, refined))
+    return refined if after < before else frame

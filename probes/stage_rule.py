@@ -324,37 +324,40 @@ class _Cell:
         return "", "whether the loops improve the answer"
 
     def _operation(self) -> tuple[Operation, Literal["fixed", "drifting"], list[set[int]] | None]:
-        fixed, classes = self._in_basis("fixed")
-        if fixed == "same" or self.evidence.aligned is None:
+        fixed, classes = self._in("fixed")
+        if fixed == "same" or "drifting" not in self.drawn.tau:
             return fixed, "fixed", classes
-        drifting, aligned_classes = self._in_basis("drifting")
-        if drifting == "same":
-            return "same", "drifting", aligned_classes
-        if fixed == "programme":
-            return "programme", "fixed", classes
-        if drifting == "programme" and fixed == "changing":
-            return "programme", "drifting", aligned_classes
-        if fixed == drifting == "changing":
-            return "changing", "fixed", classes
-        return "", "fixed", None
+        either, joined = self._in("fixed", "drifting")
+        if either == fixed:
+            return fixed, "fixed", classes
+        return either, "drifting", joined
 
-    def _in_basis(self, basis: str) -> tuple[Operation, list[set[int]] | None]:
+    def _in(self, *bases: str) -> tuple[Operation, list[set[int]] | None]:
+        """What the loops do, where two that exchange in one of the bases count as the same."""
         active = [k for k in self.range if not self._idle(k)]
         if len(active) < 2:
             return "", None
         for members in ([0, *active] if self.start else active, active):
-            classes = self._classes(basis, members)
+            classes = self._classes(bases, members)
             if classes is not None and (members is active or any(0 in c and len(c) > 1 for c in classes)):
                 if len(classes) == 1:
                     return "same", classes
                 return ("changing" if all(len(c) == 1 for c in classes) else "programme"), classes
         pairs = list(combinations(active, 2))
-        mean = self._side(_mean_name(basis))
-        if mean == "above" and not any(self._pair(basis, i, j, "either") == "below" for i, j in pairs):
+        means = [self._side(_mean_name(basis)) for basis in bases]
+        apart = any(all(self._pair(basis, i, j, "either") == "below" for basis in bases) for i, j in pairs)
+        if "above" in means and not apart:
             return "same", [set(active)]
-        if mean == "below" and not any(self._pair(basis, i, j) == "above" for i, j in pairs):
+        near = any(self._estimate(basis, i, j) > self.thresholds.different
+                   for i, j in combinations(sorted({0, *active}), 2) for basis in bases)
+        if all(mean == "below" for mean in means) and not near:
             return "changing", None
         return "", None
+
+    def _estimate(self, basis: str, i: int, j: int) -> float:
+        """τ of two loops, the lesser of both directions."""
+        found = self.drawn.tau[basis][0]
+        return float(min(found[i, j], found[j, i]))
 
     def _pair(self, basis: str, i: int, j: int, name: str = "both") -> Side:
         i, j = sorted((i, j))
@@ -363,11 +366,18 @@ class _Cell:
     def _idle(self, k: int) -> bool:
         return self.claims.side(self._key(f"work {k}", shared=True)) == "below"
 
-    def _classes(self, basis: str, members: Sequence[int]) -> list[set[int]] | None:
+    def _alike(self, bases: Sequence[str], i: int, j: int) -> Side:
+        """Above: they exchange in one of the bases. Below: in none of them."""
+        sides = [self._pair(basis, i, j) for basis in bases]
+        if "above" in sides:
+            return "above"
+        return "below" if all(side == "below" for side in sides) else ""
+
+    def _classes(self, bases: Sequence[str], members: Sequence[int]) -> list[set[int]] | None:
         """The loops by operation, if every pair is decided and "same" is transitive; else None."""
         classes: list[set[int]] = []
         for k in members:
-            home = [c for c in classes if any(self._pair(basis, k, other) == "above" for other in c)]
+            home = [c for c in classes if any(self._alike(bases, k, other) == "above" for other in c)]
             if len(home) > 1:
                 return None
             if home:
@@ -376,7 +386,7 @@ class _Cell:
                 classes.append({k})
         for i, j in combinations(members, 2):
             together = any({i, j} <= c for c in classes)
-            if self._pair(basis, i, j) != ("above" if together else "below"):
+            if self._alike(bases, i, j) != ("above" if together else "below"):
                 return None
         return classes
 
@@ -385,17 +395,11 @@ class _Cell:
         known: dict[int, int] = {}
         for number, members in enumerate(classes or ()):
             known |= dict.fromkeys(members, number)
-        if classes and 0 not in known and self.start:
-            for basis in ("fixed", "drifting"):
-                if basis == "drifting" and self.evidence.aligned is None:
-                    continue
-                shared = [number for number, members in enumerate(classes)
-                          if all(self._pair(basis, 0, k) == "above" for k in members)]
-                if shared:
-                    known[0] = shared[0]
-                    break
-            else:
-                known[0] = len(classes)
+        if classes and 0 not in known:
+            bases = [basis for basis in ("fixed", "drifting") if basis in self.drawn.tau]
+            shared = [number for number, members in enumerate(classes)
+                      if all(self._alike(bases, 0, k) == "above" for k in members)]
+            known[0] = shared[0] if shared else len(classes)
         letters: list[str] = []
         names: dict[int, str] = {}
         for k in range(self.evidence.n_loops):
