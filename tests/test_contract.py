@@ -26,7 +26,8 @@ from probes import (
     read_lens,
     trajectory_pca,
 )
-from probes.stages import Cycle, frozen_attention, head_distances, pattern_gram, signature
+from probes.cycles import Cycle
+from probes.stages import frozen_attention, head_distances, pattern_gram, signature
 from studies.examples.architectures import HuginnLike
 from tests.specimens import SPECIMENS, Mine, Specimen
 
