@@ -1,6 +1,6 @@
 """How fast training runs, against the rate at which this machine multiplies matrices.
 
-    python -m benchmarks.training             # some minutes on one core; writes benchmarks/training.md
+    python -m benchmarks.training             # some minutes on one core; writes docs/training_speed.md
 
 For each preset one optimiser step is timed as its recipe has it (bfloat16 products and compiled blocks where the
 machine can, masked positions unembedded) and as plain PyTorch has it (float32, eager, the whole output,
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         "only masked positions unembedded. *Plain PyTorch*: float32, eager, every position unembedded. *Matrix rate*: "
         "the best that torch reaches on the products of the model's layers in that precision. *Data*: share of the "
         "recipe's step spent making examples.", table(rates, products)])
-    with written_whole(Path(__file__).with_name("training.md")) as temporary:
+    with written_whole(Path(__file__).parents[1] / "docs" / "training_speed.md") as temporary:
         temporary.write_text(text + "\n")
 
 

@@ -5,7 +5,7 @@ It is written under a temporary name beside its place and renamed when it is who
 that can be opened is complete.
 
     with RecordingWriter("run.zarr", axis="step") as out:
-        record_sampling(model, prompt, config, lambda step, rec: out.append(rec, t=step.t), names_filter=...)
+        record_sampling(model, prompt, config, lambda step, rec: out.append(rec, t=step.t), names_filter="blocks.**@*")
     rec = open_recording("run.zarr")            # nothing is read yet
     rec.dataset                                 # xarray: step × loop × batch × pos × d_model
     rec.at(step=3)["blocks.2.hook_resid_post@1"]            # read now, as a tensor

@@ -3,7 +3,7 @@
 Colours are safe for colour-blind readers: Okabe and Ito's eight for categories, viridis and blues for amounts,
 blue–white–red around a zero that means something. A kind of model has the same colour everywhere.
 
-    figure.add_scatter(x=x, y=y, line={"color": KIND_COLOURS["loop"]})
+    figure.add_scatter(x=loops, y=accuracy, line={"color": KIND_COLOURS["loop"]})
     laid_out(figure, "loops S in one forward", "share right", y_range=[0, 1])
 """
 

@@ -3,7 +3,8 @@
 measurements.nc holds one netCDF group per named dataset, each variable with its definition
 and units. A results folder appears whole or not at all.
 
-    folder = write_results("results/rerun-automaton", study="stages", verdict=…, datasets={"accuracy": …}, html=…)
+    folder = write_results("results/rerun-automaton", study="stages", verdict={"verdict": "…"},
+                           datasets={"accuracy": measured}, html="<p>…</p>")
     results = read_results("results/rerun-automaton")
     results.verdict["verdict"], results.datasets["accuracy"]
 """

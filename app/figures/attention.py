@@ -1,7 +1,7 @@
 """Figures of attention: whole patterns, where one position looks, and flows between masked and visible.
 
-    figure = pattern_maps(pattern, titles, regions, "row")       # pattern over (panel, query, key)
-    figure = flow_curves(summary, "masked", "masked")
+    figure = pattern_maps(pattern, titles, regions, "row", names=task.position_names())    # pattern [panel, query, key]
+    figure = flow_curves(summary, "masked", "masked", over_chance=True)
 """
 
 from __future__ import annotations

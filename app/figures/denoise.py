@@ -1,6 +1,6 @@
 """Figures of the sampler: what it costs and how far it is, step by step.
 
-    figure = step_costs(trace, right, current=3)        # trace as compute.trace_of returns it
+    figure = step_costs(trace, progress, current=3, max_loops=8)     # trace as compute.trace_of returns it
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Figures of movement: trajectories in PCA space, curves over loops, and where states still move.
 
-    figure = trajectories(pca.isel(batch=0), regions, "row", layer=2)
+    figure = trajectories(pca.isel(batch=0), regions, "row", positions=[12, 13], layer=2)
     figure = over_loops(moves.step_relative.isel(batch=0), masked)
 """
 

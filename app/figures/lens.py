@@ -1,6 +1,7 @@
 """Figures of what a lens reads: a token × (loop, layer) grid, and curves per region.
 
-    figure = lens_grid(lens.isel(batch=0), "nll", look, tokens=tokens, positions=range(12))
+    figure = lens_grid(lens.isel(batch=0), "nll", look, tokens=tokens, positions=range(12), region_name="row",
+                       regions=regions)
 """
 
 from __future__ import annotations

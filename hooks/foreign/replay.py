@@ -5,7 +5,7 @@ the model wrote it. `record` runs the module once and keeps what each layer retu
 each layer before ``start`` returns what it returned then, the last of them the given state, so that only the
 layers from ``start`` on are computed. The run ends as soon as layer ``stop`` has returned.
 
-    trace = record(call, layers, layout)                     # layers: the modules in the order in which they run
+    trace = record(call, layers, layout_of, draws)           # layers: the modules in the order in which they run
     state = trace.replay(3, 5, state)                        # the layers at depth 3 and 4, on another state
     answer = trace.replay(3, None, state)                    # from depth 3 to the end of the forward
 

@@ -7,10 +7,10 @@ commute). No sentence can be answered without all those before it, so a model ha
 loop or layer by layer; counting words is not enough.
 
     >>> print(Stories(steps=3).decode(Stories(steps=3).sample(1, seed=0).tokens[0]))
-    Ann faces west .
-    she turns left now south .
-    she turns left now east .
-    she turns right now south .
+    Tom faces east .
+    he turns left now north .
+    he turns left now west .
+    he turns left now south .
 
 The layout is fixed: every sentence of a step has the same number of words, with its answer last but one, so that
 shorter kinds begin with "and then" beside longer ones. ``distractors`` puts sentences between the steps in which

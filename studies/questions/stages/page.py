@@ -1,7 +1,7 @@
 """The report of `rerun.py`: figures as pure functions of measurements, and one HTML page.
 
     html = page(verdict, datasets)                 # self-contained, plotly included
-    figure = pattern_distance_figure(datasets["pattern_distance"])
+    figure = pattern_distance_figure(datasets["pattern_distance"], verdict["subjects"])
 """
 
 from __future__ import annotations
