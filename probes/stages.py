@@ -14,7 +14,7 @@ Pattern distances describe; they decide nothing: shared weights make the same la
 not anything was learned. A statistic that has no value (one looped layer leaves no other layer to compare with;
 uniform attention differs nowhere) raises NotDefinedError with the reason.
 
-    cycle = loop_cycle(model.config, n_loops=4)
+    cycle = own_loops(model.topology(4))
     distances = head_distances(pattern_gram(model, noised, cycle))
     same, other = same_layer_distance(distances), other_layer_distance(distances)     # each [example]
     distance_ratio(same.mean(), other.mean())
@@ -22,8 +22,7 @@ uniform attention differs nowhere) raises NotDefinedError with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,11 +34,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooks import LoopMDMConfig, Topology
+from hooks import LoopMDMConfig
 from hooks.contract import Inputs, Levels, LoopedModel
 from hooks.edits import patch
 from probes.attention import PATTERN_METRIC, pattern_at, pattern_metric
 from probes.batching import in_chunks
+from probes.cycles import Cycle
+from probes.intervals import NotDefinedError
 from probes.measurement import measurement
 
 FEATURES = {
@@ -60,51 +61,6 @@ PATTERN_ROUNDING = 1e-3
 
 FEATURE_ROUNDING = 1e-5
 """A feature of the signature whose standard deviation is below this does not vary: float32 rounding."""
-
-
-class NotDefinedError(ValueError):
-    """A statistic has no value here. The message is the reason, worded to follow "not defined because …"."""
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A stretch of an unrolled network read as loops × layers: ``depths[k][l]`` are unrolled depths."""
-
-    topology: Topology
-    depths: tuple[tuple[int, ...], ...]
-
-    @property
-    def n_loops(self) -> int:
-        return len(self.depths)
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.depths[0])
-
-    def sites(self, hook: str) -> list[str]:
-        """The sites of ``hook``, loop by loop, layer by layer."""
-        return [self.topology.site_at(depth, hook) for loop in self.depths for depth in loop]
-
-
-def loop_cycle(config: LoopMDMConfig, n_loops: int) -> Cycle:
-    """The loops of a LoopMDM, as they run."""
-    n_mid = config.n_loop_layers
-    return Cycle(config.topology(n_loops), tuple(
-        tuple(config.n_head_layers + k * n_mid + i for i in range(n_mid)) for k in range(n_loops)))
-
-
-def pseudo_cycle(config: LoopMDMConfig, n_layers: int, *, offset: int = 0) -> Cycle:
-    """The mid layers of an unlooped model cut into pseudo-loops of ``n_layers``, after skipping ``offset``.
-
-    Layers left over at the end are dropped. Raises ValueError if fewer than two pseudo-loops fit.
-    """
-    n_loops = (config.n_loop_layers - offset) // n_layers
-    if n_loops < 2:
-        raise ValueError(f"{config.n_loop_layers} mid layers after {offset} give {n_loops} pseudo-loops of {n_layers}; "
-                         "the control needs at least two.")
-    start = config.n_head_layers + offset
-    return Cycle(config.topology(1), tuple(
-        tuple(start + k * n_layers + i for i in range(n_layers)) for k in range(n_loops)))
 
 
 def whole(config: LoopMDMConfig) -> Cycle:
@@ -338,67 +294,3 @@ def distance_ratio(same: float, other: float) -> float:
         raise NotDefinedError("the attention patterns of different layers do not differ, and nothing can be divided "
                               "by their distance")
     return float(same / other)
-
-
-# -------------------------------------------------------------------- intervals
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95% bootstrap interval over examples."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True)
-class Spread(Interval):
-    """One number of each of several models: ``value`` is their mean, ``low`` and ``high`` the least and greatest."""
-
-    each: tuple[float, ...] = field(default=(), repr=False)
-
-    @classmethod
-    def of(cls, each: Sequence[float]) -> Spread:
-        return cls(float(np.mean(each)), min(each), max(each), tuple(each))
-
-
-@dataclass(frozen=True)
-class NotDefined:
-    """In place of an interval: there is no value, and why."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return f"not defined because {self.reason}"
-
-
-def bootstrap(statistic: Callable[..., float], *samples: Float[np.ndarray, "example ..."] | xr.DataArray,
-              seed: int = 0, n_resamples: int = 500) -> Interval:
-    """Percentile interval of ``statistic(*samples)`` under resampling of examples, the first axis (Efron 1979).
-
-    Raises NotDefinedError if the statistic raises it, or is not a finite number, for the examples as they are or
-    for more than half of the resamples; fewer such resamples are left out.
-    """
-    rng, n = np.random.default_rng(seed), len(samples[0])
-    value = _finite(statistic, samples)
-    draws = []
-    for _ in range(n_resamples):
-        picked = rng.integers(0, n, n)
-        try:
-            draws.append(_finite(statistic, tuple(sample[picked] for sample in samples)))
-        except NotDefinedError as error:
-            reason = str(error)
-    if len(draws) < n_resamples / 2:
-        raise NotDefinedError(f"in most resamples of the examples {reason}")
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
-
-
-def _finite(statistic: Callable[..., float], samples: tuple[Any, ...]) -> float:
-    value = float(statistic(*samples))
-    if not np.isfinite(value):
-        raise NotDefinedError("it is not a finite number for some example")
-    return value

@@ -35,7 +35,7 @@ from studies.zoo import ZOO, Entry, Problem, find_groups, read_json, read_metric
 
 
 @dataclass(frozen=True)
-class Claims:
+class PaperClaims:
     """Test the paper's claims on the triplets of a zoo."""
 
     groups: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ def pool(measured: dict[int, dict[str, xr.Dataset]]) -> dict[str, xr.Dataset]:
             for name in next(iter(measured.values()))}
 
 
-def study(name: str, seeds: dict[int, dict[str, Entry]], args: Claims) -> None:
+def study(name: str, seeds: dict[int, dict[str, Entry]], args: PaperClaims) -> None:
     """Measure and judge one group, and write its folder."""
     began = time.monotonic()
     sizes = SampleSizes(examples=args.examples, few=args.few, seed=args.seed)
@@ -85,7 +85,7 @@ def study(name: str, seeds: dict[int, dict[str, Entry]], args: Claims) -> None:
     write_group(group, pooled, args, provenance(args, entries, seconds=time.monotonic() - began))
 
 
-def study_again(name: str, args: Claims) -> None:
+def study_again(name: str, args: PaperClaims) -> None:
     """Judge and draw one group's stored measurements. FileNotFoundError or ValueError name what does not fit."""
     results = read_results(args.results / f"claims-{name}")
     saved, pooled = results.verdict, results.datasets
@@ -97,7 +97,7 @@ def study_again(name: str, args: Claims) -> None:
                          f"`python studies/claims.py --groups {name}`.") from error
 
 
-def write_group(group: Group, pooled: dict[str, xr.Dataset], args: Claims, made: dict[str, Any]) -> None:
+def write_group(group: Group, pooled: dict[str, xr.Dataset], args: PaperClaims, made: dict[str, Any]) -> None:
     """The folder of one judged group."""
     drawn = figures(pooled)
     verdict = {"group": group.name, "task": group.task, "seeds": group.seeds, "entries": group.entries,
@@ -130,7 +130,7 @@ def read_groups(results: Path) -> list[Group]:
     return groups
 
 
-def measured_groups(args: Claims) -> list[str]:
+def measured_groups(args: PaperClaims) -> list[str]:
     """The groups that --stored is to judge again. ValueError for one that was not measured."""
     there = sorted(path.parent.name.removeprefix("claims-") for path in args.results.glob("claims-*/measurements.nc"))
     if unknown := sorted(set(args.groups) - set(there)):
@@ -139,7 +139,7 @@ def measured_groups(args: Claims) -> list[str]:
     return list(args.groups) or there
 
 
-def main(args: Claims) -> int:
+def main(args: PaperClaims) -> int:
     """Run the study; 2 if a group is not in the zoo, or with --stored not in the results."""
     if args.stored:
         try:
@@ -163,7 +163,7 @@ def main(args: Claims) -> int:
     return conclude(args)
 
 
-def conclude(args: Claims) -> int:
+def conclude(args: PaperClaims) -> int:
     """Write the page of all groups, and say what was found."""
     groups = read_groups(args.results)
     text = page(groups, command="python studies/claims.py", pictures=args.pictures)
@@ -177,4 +177,4 @@ def conclude(args: Claims) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Claims, description=__doc__)))
+    sys.exit(main(tyro.cli(PaperClaims, description=__doc__)))

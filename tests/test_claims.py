@@ -17,7 +17,7 @@ from hooks.model.diffusion import SamplerConfig, corrupt, nelbo, sample
 from probes.attention import patterns
 from studies.claims import pool
 from studies.questions.claims import measure as claims_measure
-from studies.questions.claims.judge import Judgement, Quantity, judge, quantity
+from studies.questions.claims.judge import Estimate, Judgement, judge, quantity
 from studies.questions.claims.measure import SampleSizes, first_crossing, loop_counts, measure
 from studies.zoo import Entry, triplet
 from tests.small_zoo import make_zoo, with_curves
@@ -178,7 +178,7 @@ def test_one_number_has_no_interval() -> None:
     ([(1, 2), (3, 4)], "holds here", False), ([(1, 2), (-1, 1)], "undecided", False),
     ([(1, 2), (-2, -1)], "does not hold here", True), ([(math.nan, math.nan)], "undecided", False)])
 def test_words(intervals: list[tuple[float, float]], word: str, in_part: bool) -> None:
-    judgement = Judgement("a", "claim", tuple(Quantity("x", 0, low, high, "3 seeds") for low, high in intervals))
+    judgement = Judgement("a", "claim", tuple(Estimate("x", 0, low, high, "3 seeds") for low, high in intervals))
     assert judgement.word == word
     assert judgement.in_part == in_part
     saved = json.loads(json.dumps(judgement.to_dict(), allow_nan=False))
@@ -186,9 +186,9 @@ def test_words(intervals: list[tuple[float, float]], word: str, in_part: bool) -
 
 
 def test_told_but_not_judged() -> None:
-    judgement = Judgement("a", "claim", (Quantity("x", 1, 1, 2, ""), Quantity("y", -9, -9, -9, "", bound=None)))
+    judgement = Judgement("a", "claim", (Estimate("x", 1, 1, 2, ""), Estimate("y", -9, -9, -9, "", bound=None)))
     assert judgement.word == "holds here"
-    assert Judgement("a", "claim", (Quantity("x", 1, 1, 2, ""),), missing="no twin").word == "undecided"
+    assert Judgement("a", "claim", (Estimate("x", 1, 1, 2, ""),), missing="no twin").word == "undecided"
 
 
 def planted(pooled: dict[str, xr.Dataset], sign: float) -> dict[str, xr.Dataset]:

@@ -15,8 +15,8 @@ from scipy import stats
 from studies.questions.claims.judge import (
     EQUAL_QUALITY,
     SMALLEST_NAT,
+    Estimate,
     Judgement,
-    Quantity,
     judge,
     quantity,
     ratio_quantity,
@@ -66,11 +66,11 @@ def made_up(seed: int, *, n_seeds: int, spread: float = 1.0, noise: float = 0.0,
                                 coords={**seeds, "loop": np.arange(1, 17)})}
 
 
-def all_quantities(pooled: dict[str, xr.Dataset]) -> list[Quantity]:
+def all_quantities(pooled: dict[str, xr.Dataset]) -> list[Estimate]:
     return [q for judgement in judge(pooled).values() for q in judgement.quantities]
 
 
-def limits_of(found: Quantity) -> tuple[float, float]:
+def limits_of(found: Estimate) -> tuple[float, float]:
     """What a quantity can be, from what its label says it is."""
     if "÷" in found.label:
         return 0, math.inf
@@ -217,14 +217,14 @@ def test_differences_of_rounding_decide_nothing(seed: int, noise: float, n_seeds
 
 @pytest.mark.parametrize("low", [4e-16, 0.9 * SMALLEST_NAT])
 def test_an_effect_below_the_smallest_that_counts_does_not_hold(low: float) -> None:
-    assert Quantity("x", low, low, low, "3 seeds", smallest=SMALLEST_NAT).word == "does not hold here"
-    assert Quantity("x", 1, low, 1, "3 seeds", smallest=SMALLEST_NAT).word == "undecided"
+    assert Estimate("x", low, low, low, "3 seeds", smallest=SMALLEST_NAT).word == "does not hold here"
+    assert Estimate("x", 1, low, 1, "3 seeds", smallest=SMALLEST_NAT).word == "undecided"
 
 
 @pytest.mark.parametrize("off", [-1e-16, 0, 1e-16])
 def test_an_interval_that_ends_at_the_bound_is_undecided_whatever_rounding_did(off: float) -> None:
-    assert Quantity("x", 0.3, 0.25 + off, 0.4, "3 seeds", bound=0.25).word == "undecided"
-    assert Quantity("x", 0.2, 0.1, 0.25 + off, "3 seeds", bound=0.25).word == "undecided"
+    assert Estimate("x", 0.3, 0.25 + off, 0.4, "3 seeds", bound=0.25).word == "undecided"
+    assert Estimate("x", 0.2, 0.1, 0.25 + off, "3 seeds", bound=0.25).word == "undecided"
 
 
 def test_a_loss_at_the_limit_of_equal_quality_is_no_loss_whatever_rounding_did() -> None:

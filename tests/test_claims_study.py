@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
-from studies.claims import Claims, main, pool, read_groups
+from studies.claims import PaperClaims, main, pool, read_groups
 from studies.questions.claims.figures import figures as claim_figures
 from studies.questions.claims.judge import Judgement
 from studies.questions.claims.measure import SampleSizes, measure
@@ -42,7 +42,7 @@ def test_figures_show_every_claim(measured: dict[str, xr.Dataset]) -> None:
 
 def test_program(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twice with one seed: the same page; a group not in the zoo: refused."""
-    args = Claims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)
+    args = PaperClaims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)
     assert main(args) == 0
     page = (tmp_path / "claims.md").read_text()
     assert main(args) == 0
@@ -52,9 +52,9 @@ def test_program(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert f"### ({letter}) {claim['claim']}" in page
         assert claim["word"] in page
     assert saved["provenance"]["models"]["automaton-loop"]["sha256"]
-    assert main(Claims(groups=("chess",), zoo=zoo, results=tmp_path)) == 2
+    assert main(PaperClaims(groups=("chess",), zoo=zoo, results=tmp_path)) == 2
     assert "no LoopMDM and twin of chess" in capsys.readouterr().err
-    assert main(Claims(zoo=tmp_path, results=tmp_path)) == 2
+    assert main(PaperClaims(zoo=tmp_path, results=tmp_path)) == 2
 
 
 def test_groups_join_seeds(tmp_path: Path) -> None:
@@ -115,29 +115,29 @@ def test_a_mean_is_drawn_only_where_every_seed_was_measured(measured: dict[str, 
 
 def test_stored_measurements_are_judged_again_without_a_model(zoo: Path, tmp_path: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Claims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
+    assert main(PaperClaims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
     page, verdict = (tmp_path / "claims.md"), tmp_path / "claims-automaton" / "verdict.json"
     before = page.read_text(), json.loads(verdict.read_text())
     values = json.loads(verdict.read_text())
     values["claims"]["a"]["quantities"][0]["value"] = 99.0
     verdict.write_text(json.dumps(values))
-    again = Claims(stored=True, pictures=False, zoo=tmp_path / "no zoo", results=tmp_path)
+    again = PaperClaims(stored=True, pictures=False, zoo=tmp_path / "no zoo", results=tmp_path)
     assert main(again) == 0
     assert (page.read_text(), json.loads(verdict.read_text())) == before
-    assert main(Claims(stored=True, groups=("chess",), results=tmp_path)) == 2
+    assert main(PaperClaims(stored=True, groups=("chess",), results=tmp_path)) == 2
     assert "no measurements of chess" in capsys.readouterr().err
 
 
 def test_measurements_of_another_version_are_refused_by_name(zoo: Path, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Claims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
+    assert main(PaperClaims(examples=6, few=4, pictures=False, zoo=zoo, results=tmp_path)) == 0
     folder = tmp_path / "claims-automaton"
     datasets = read_results(folder).datasets
     (folder / "measurements.nc").unlink()
     for number, (name, data) in enumerate(datasets.items()):
         data.drop_vars("flops_ratio_side", errors="ignore").to_netcdf(
             folder / "measurements.nc", mode="a" if number else "w", group=name, engine="h5netcdf")
-    assert main(Claims(stored=True, pictures=False, results=tmp_path)) == 2
+    assert main(PaperClaims(stored=True, pictures=False, results=tmp_path)) == 2
     said = capsys.readouterr().err
     assert "claims-automaton" in said
     assert "flops_ratio_side" in said

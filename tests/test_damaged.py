@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 
 from app import data
 from app.show import MOST_PROBLEMS
-from studies.claims import Claims, main, read_groups
+from studies.claims import PaperClaims, main, read_groups
 from studies.results import RESULTS, SCRIPTS, list_results, read_results
 from studies.zoo import REQUIRED, find_groups, listing, load, names, read_metrics, triplet, variants_of
 from tests.small_zoo import make_zoo, with_curves
@@ -277,7 +277,7 @@ def test_the_claims_leave_out_entries_without_a_curve(tmp_path: Path) -> None:
     zoo = with_curves(make_zoo(tmp_path / "zoo"))
     halved(zoo / "automaton-deep" / "metrics.parquet")
     with pytest.warns(UserWarning, match=r"automaton-deep/metrics\.parquet"):
-        assert main(Claims(examples=4, few=3, pictures=False, zoo=zoo, results=tmp_path / "results")) == 0
+        assert main(PaperClaims(examples=4, few=3, pictures=False, zoo=zoo, results=tmp_path / "results")) == 0
     assert [group.entries for group in read_groups(tmp_path / "results")] == [["automaton-loop", "automaton-twin"]]
 
 

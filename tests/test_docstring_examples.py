@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import importlib
 import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from tests.small_looped import looped
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 PACKAGES = ("hooks", "probes", "studies", "app", "benchmarks")
 
-FORMULAS = {"hooks/model/loopmdm.py": "H(0) = head(tokens)"}
+FORMULAS = {"hooks/model/loopmdm.py": "H(0) = head(tokens)", "studies/questions/controls/codec.py": "code_k(y) + "}
 """Indented blocks that are formulas: file, and how they begin."""
 
 BOUND_ONLY = {
@@ -44,6 +46,8 @@ BOUND_ONLY = {
     "studies/questions/claims/measure.py", "studies/questions/recipe/measure.py", "studies/training/run.py",
     "studies/questions/ablations/measure.py", "studies/questions/stages/content.py",
     "studies/questions/stages/operation.py", "studies/questions/length_generalization/measure.py",   # train or measure
+    "probes/alignment.py", "probes/gains.py", "probes/stage_rule.py", "probes/stage_test.py", "probes/stage_text.py",
+    "studies/questions/controls/codec.py",                                               # train or measure
     "studies/training/step.py",                                                          # compiles
 }
 
@@ -128,12 +132,18 @@ def namespace(path: str) -> dict[str, Any]:
     others = [str(other.relative_to(ROOT)) for package in PACKAGES[:3] for other in (ROOT / package).rglob("*.py")]
     for name in sorted(others, key=lambda name: (name.rpartition("/")[0] == path.rpartition("/")[0], name)):
         if "/examples/" not in name and "bridges/hf" not in name:
-            module = importlib.import_module(dotted(name))
-            found |= {key: value for key, value in vars(module).items()
-                      if not key.startswith("_") and getattr(value, "__module__", None) == module.__name__}
+            found |= public(name)
     if "app/views" not in path:
         found |= {key: value for key, value in vars(importlib.import_module(dotted(path))).items() if key[:2] != "__"}
     return found
+
+
+@functools.cache
+def public(path: str) -> dict[str, Any]:
+    """What a module makes for others."""
+    module = importlib.import_module(dotted(path))
+    return {key: value for key, value in vars(module).items()
+            if not key.startswith("_") and getattr(value, "__module__", None) == module.__name__}
 
 
 def dotted(path: str) -> str:
@@ -180,33 +190,42 @@ def test_a_call_that_does_not_fit_is_found() -> None:
 # ---------------------------------------------------------------------------------------- running
 
 
-@pytest.fixture(scope="module")
-def given() -> Callable[[], dict[str, Any]]:
-    """A function that makes afresh what examples mention without making it, in small."""
-    entry_name = "automaton-loop"
+@functools.cache
+def read_once() -> tuple[torch.Tensor, Any, xr.Dataset]:
+    """(logits, recording, lens) of the examples' model on the examples' tokens."""
+    from probes import read_lens
 
-    def make() -> dict[str, Any]:
-        from app.figures.grids import Look
-        from probes import read_lens
-        from studies.results import read_results
-        from studies.tasks import Automaton
+    base = given(fresh=False)
+    model, noised = base["model"], base["noised"]
+    return (*model.run_with_cache(noised, 8), read_lens(model, noised, n_loops=8, kind="coda", targets=base["tokens"]))
 
-        torch.manual_seed(0)
-        task = Automaton(rule=30, width=12, rows=8)
-        model = HookedLoopMDM.from_pretrained(ROOT / "zoo" / entry_name)
-        batch = task.sample(6, seed=0)
-        noised = batch.tokens.masked_fill(batch.free, task.mask_token_id)
-        logits, rec = model.run_with_cache(noised, 8)
-        lens = read_lens(model, noised, n_loops=8, kind="coda", targets=batch.tokens)
-        return {
-            "task": task, "batch": batch, "tokens": batch.tokens, "noised": noised, "inputs": noised,
-            "free": batch.free, "input_ids": noised, "prompt": noised[:2], "mask_token_id": task.mask_token_id,
-            "n_loops": 3, "t": torch.full((6,), 0.5), "generator": torch.Generator().manual_seed(0), "model": model,
-            "rec": rec,
-            "v": torch.zeros(model.config.d_model), "fn": lambda x, hook: x, "logits": logits, "lens": lens,
-            "latent": task.latents(batch.tokens)["cell"], "norms": [], "look": Look.of(task), "text": "words",
-            "predicted": logits.argmax(-1)[0], "regions": task.regions().numpy(), "read_results": read_results}
-    return make
+
+def given(*, fresh: bool = True) -> dict[str, Any]:
+    """What examples mention without making it, in small; made afresh, but for what only reading made."""
+    from app.figures.grids import Look
+    from studies.tasks import Automaton
+
+    torch.manual_seed(0)
+    task = Automaton(rule=30, width=12, rows=8)
+    model = HookedLoopMDM.from_pretrained(ROOT / "zoo" / "automaton-loop")
+    batch = task.sample(6, seed=0)
+    noised = batch.tokens.masked_fill(batch.free, task.mask_token_id)
+    found = {"task": task, "batch": batch, "tokens": batch.tokens, "noised": noised, "inputs": noised,
+             "free": batch.free, "input_ids": noised, "prompt": noised[:2], "mask_token_id": task.mask_token_id,
+             "n_loops": 3, "t": torch.full((6,), 0.5), "generator": torch.Generator().manual_seed(0), "model": model,
+             "v": torch.zeros(model.config.d_model), "fn": lambda x, hook: x, "norms": [], "text": "words",
+             "latent": task.latents(batch.tokens)["cell"], "look": Look.of(task), "regions": task.regions().numpy()}
+    if fresh:
+        logits, rec, lens = read_once()
+        found |= {"logits": logits, "rec": rec, "lens": lens, "predicted": logits.argmax(-1)[0]}
+    return found
+
+
+@functools.cache
+def stored_results(name: str) -> Any:
+    from studies.results import RESULTS, read_results
+
+    return read_results(RESULTS / name)
 
 
 def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
@@ -216,10 +235,9 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
     from probes import attention_summary, dynamics, fixed_point, patterns, probe_latent, trajectory_pca
     from studies.questions.claims.judge import judge as judge_claims
     from studies.questions.claims.page import Group
-    from studies.results import RESULTS, read_results
 
     model, noised, task, rec = base["model"], base["noised"], base["task"], base["rec"]
-    stored = {name: read_results(RESULTS / name) for name in (
+    stored = {name: stored_results(name) for name in (
         "rerun-automaton", "ablations-automaton", "length_generalization-automaton", "claims-automaton")}
 
     def trace() -> list[dict[str, np.ndarray]]:
@@ -256,7 +274,6 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "app/figures/style.py": lambda: {"dataset": base["lens"]},
         "app/figures/training.py": lambda: {"table": pd.DataFrame({"flops": [1e9, 2e9], "nelbo": [2.0, 1.0]})},
         "app/figures/verdict.py": lambda: {"verdict": stages.verdict},
-        "benchmarks/plain.py": lambda: {},
         "hooks/bridges/interop.py": lambda: {"bridge": model.unroll(8)},
         "hooks/bridges/weight_views.py": lambda: {"block": model.blocks[1]},
         "hooks/foreign/layouts.py": lambda: {"state": torch.zeros(2, 3, 4)},
@@ -269,8 +286,8 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
                                           "x": torch.zeros(1, 3, model.config.d_model), "rotary": model.rotary(3)},
         "hooks/model/loopmdm.py": lambda: {"tokens": base["tokens"][:, :96]},
         "hooks/store.py": lambda: {"config": SamplerConfig(n_steps=4, n_loops=2)},
+        "probes/cycles.py": lambda: {"deep_twin": HookedLoopMDM(replace(model.config, n_loop_layers=4, max_loops=1))},
         "probes/geometry.py": lambda: {"fixed_point": fixed_point},
-        "probes/linear.py": lambda: {},
         "probes/measurement.py": lambda: {"values": np.zeros((2, 3))},
         "probes/similarity.py": lambda: {"x": torch.randn(20, 3), "y": torch.randn(20, 4)},
         "studies/checks.py": lambda: {"args": SimpleNamespace(t=0.5, examples=3)},
@@ -287,6 +304,8 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "studies/questions/length_generalization/judge.py": lambda: {"curves": longer.datasets["curves"]},
         "studies/questions/length_generalization/page.py": lambda: {"curves": longer.datasets["curves"],
                                                                     "verdict": longer.verdict},
+        "probes/intervals.py": lambda: {"exchanged": np.ones(48), "left_out": np.ones(48)},
+        "studies/questions/controls/operations.py": lambda: {"bits": torch.randint(0, 2, (3, 12))},
         "studies/questions/recipe/judge.py": lambda: {"runs": runs},
         "studies/questions/recipe/page.py": lambda: {"runs": runs},
         "studies/questions/stages/page.py": lambda: {"verdict": stages.verdict, "datasets": stages.datasets},
@@ -299,8 +318,7 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("example", [e for e in PYTHON if e.path not in BOUND_ONLY], ids=named)
-def test_examples_run(example: Example, given: Callable[[], dict[str, Any]], tmp_path: Path,
-                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zoo").mkdir()
     for folder in (ROOT / "zoo").iterdir():   # what an example saves stays here
         (tmp_path / "zoo" / folder.name).symlink_to(folder)

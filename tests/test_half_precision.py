@@ -16,6 +16,7 @@ from hooks import HookedLoopMDM
 from hooks.edits import freeze
 from probes import attention, geometry, linear, similarity, stages
 from probes.attention import attention_summary, pattern_distance, patterns
+from probes.cycles import own_loops
 from probes.geometry import (
     classify_tokens,
     contraction,
@@ -31,7 +32,6 @@ from probes.similarity import cka_between_depths, linear_cka
 from probes.stages import (
     frozen_attention,
     head_distances,
-    loop_cycle,
     other_layer_distance,
     pattern_gram,
     same_layer_distance,
@@ -82,15 +82,15 @@ PROBES: dict[str, Callable[[HookedLoopMDM], Result]] = {
     "pattern_distance": lambda m: pattern_distance(m, TOKENS, n_loops=LOOPS),
     "linear_cka": lambda m: linear_cka(states(m)[0], states(m)[-1]),
     "cka_between_depths": lambda m: cka_between_depths(residual(m)[0]),
-    "signature": lambda m: signature(m, TOKENS, TRUTH, loop_cycle(m.config, LOOPS)),
+    "signature": lambda m: signature(m, TOKENS, TRUTH, own_loops(m.topology(LOOPS))),
     "signature of all layers": lambda m: signature(m, TOKENS, TRUTH, whole(m.config)),
-    "pattern_gram": lambda m: pattern_gram(m, TOKENS, loop_cycle(m.config, LOOPS)),
-    "head_distances": lambda m: head_distances(pattern_gram(m, TOKENS, loop_cycle(m.config, LOOPS))),
+    "pattern_gram": lambda m: pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS))),
+    "head_distances": lambda m: head_distances(pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))),
     "same_layer_distance": lambda m: numbers(same_layer_distance(head_distances(
-        pattern_gram(m, TOKENS, loop_cycle(m.config, LOOPS))))),
+        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
     "other_layer_distance": lambda m: numbers(other_layer_distance(head_distances(
-        pattern_gram(m, TOKENS, loop_cycle(m.config, LOOPS))))),
-    "frozen_attention": lambda m: numbers(frozen_attention(m, TOKENS, loop_cycle(m.config, LOOPS), after=1)),
+        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
+    "frozen_attention": lambda m: numbers(frozen_attention(m, TOKENS, own_loops(m.topology(LOOPS)), after=1)),
 }
 
 SHARES = {"probe_latent", "ridge_probes"}
@@ -136,7 +136,7 @@ def test_probes_agree_with_the_model_in_single_precision(name: str, dtype: torch
 def test_distances_of_equal_patterns_are_zero_in_every_precision(dtype: torch.dtype) -> None:
     model = small_model().to(dtype)
     with model.hooks([freeze(0)], n_loops=4):
-        distance = head_distances(pattern_gram(model, TOKENS, loop_cycle(model.config, 4)))
+        distance = head_distances(pattern_gram(model, TOKENS, own_loops(model.topology(4))))
     same_layer = distance.layer.values[:, None] == distance.layer.values[None]
     assert distance.values[:, same_layer].max() < 1e-3
     assert distance.values[:, ~same_layer].min() > 0.01

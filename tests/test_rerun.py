@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM
-from probes.stages import Interval, NotDefined, Spread
+from probes.cycles import own_loops
+from probes.intervals import Interval, NotDefined, Spread
 from studies import readme, rerun, zoo
 from studies.questions.stages import judge as rerun_verdict
 from studies.questions.stages.operation import Operation, Setting
@@ -121,7 +122,7 @@ def test_the_untrained_column_is_the_spread_of_initialisations(triplets, tmp_pat
         model = HookedLoopMDM(entry.model.config)
         model.reset_parameters(torch.Generator().manual_seed(seed))
         distances = stages.head_distances(stages.pattern_gram(
-            model, noised, stages.loop_cycle(model.config, verdict["setting"]["n_loops"]), t=1.0))
+            model, noised, own_loops(model.topology(verdict["setting"]["n_loops"])), t=1.0))
         ratios.append(stages.same_layer_distance(distances).mean() / stages.other_layer_distance(distances).mean())
     assert row["untrained"]["each"] == pytest.approx(ratios)
     assert row["untrained"] == {"value": pytest.approx(np.mean(ratios)), "low": min(row["untrained"]["each"]),

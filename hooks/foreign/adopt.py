@@ -181,7 +181,14 @@ class AdoptedModel(LoopedModel):
             self._count_modules(inputs, n_loops)
             with self._watch(n_loops, names_filter, reduce=reduce, pos_slice=pos_slice, batch_slice=batch_slice,
                              dtype=dtype, device=device, gradients=loss_fn is not None) as rec:
-                logits = self(inputs, n_loops)
+                try:
+                    logits = self(inputs, n_loops)
+                except TypeError as error:
+                    if (sought := self.architecture.attention) is None or f"{sought}" not in str(error):
+                        raise
+                    raise Unavailable(f"{self.name} makes no attention pattern at {sought} (a fused kernel makes "
+                                      "none): load it with attn_implementation=\"eager\" if it has that, or name the "
+                                      "module that returns it, adopt(..., attention='attn.hook_out.1').") from error
                 if loss_fn is not None:
                     loss_fn(logits).backward()
             rec.topology = self.topology(n_loops)

@@ -293,6 +293,8 @@ class Run:
         self.forwards += 1
         if sys.exc_info()[1] is not self.error:  # the forward failed: its own error says why
             return
+        if payload.REPLAYING.on:  # only some of the layers ran
+            return
         done = self._recorded()
         self.recording.take(done)
         if self.on_forward is not None:
@@ -303,7 +305,8 @@ class Run:
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             index = self._next(tap, module)
-            if index is None or not tap.actions[index]:
+            if index is None or not tap.actions[index] or (
+                    payload.REPLAYING.on and output is payload.REPLAYING.answer):
                 return None
             return self._applied(tap, index, output, module, conversion)
 

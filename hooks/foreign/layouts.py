@@ -191,11 +191,15 @@ class Layouts:
         return layout
 
     def _input(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[int, int] | None:
-        """(batch, pos) of the watched module's input: of tokens, or of states whose axes are declared or known."""
+        """(batch, pos) of the watched module's input: of tokens, or of states whose axes are declared or known.
+
+        Tokens are [batch, pos], or in the order that is declared for states.
+        """
         tensors = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
+        order = [name for name in (self.everywhere.own if self.everywhere else ()) if name in ("batch", "pos")]
         for part in tensors:
             if part.ndim == 2 and not part.is_floating_point() and not part.is_complex():
-                return part.shape[0], part.shape[1]
+                return (part.shape[1], part.shape[0]) if order == ["pos", "batch"] else (part.shape[0], part.shape[1])
         layout = self.outer
         if layout and tensors and tensors[0].ndim == len(layout.own) and {"batch", "pos"} <= {*layout.own}:
             return tensors[0].shape[layout.own.index("batch")], tensors[0].shape[layout.own.index("pos")]
@@ -240,4 +244,5 @@ def _is_memory(place: Place) -> bool:
     return first == "1" or first == "hx"
 
 
-__all__ = ["BATCH_FIRST", "POSITIONS_FIRST", "Axes", "Declared", "Layouts", "StateLayout", "declared_layout", "is_attention"]
+__all__ = ["BATCH_FIRST", "POSITIONS_FIRST", "Axes", "Declared", "Layouts", "StateLayout", "declared_layout",
+           "is_attention"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,19 @@ def put(value: Any, where: Where, tensor: Tensor) -> Any:
     changed = copy.copy(value)
     changed[key] = inner
     return changed
+
+
+class Replaying(threading.local):
+    """Is this thread in a forward in which some layers are answered from a record (`hooks.foreign.replay`)?
+
+    ``answer`` is what such a layer has just returned: hooks do not act on it.
+    """
+
+    on = False
+    answer: Any = None
+
+
+REPLAYING = Replaying()
 
 
 # ------------------------------------------------------------------------ private

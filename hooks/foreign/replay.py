@@ -35,6 +35,10 @@ def canonical(layout: StateLayout, value: Tensor, what: str = "a layer's state")
     return layout.canonical(value)
 
 
+RUNS_THE_REST = "_run_again"
+"""The hook of a loopified model's last looped layer that runs the other loops: it stays the last of its hooks."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """One recorded forward, for some rows of its batch.
@@ -86,6 +90,8 @@ class Trace:
 
     def _replayed(self, index: Tensor | None, start: int, stop: int | None, state: Tensor) -> Any:
         native, count = self.layout.original(state), 0
+        running: list[int] = []   # layers that have begun and not returned: a loopified one runs others before it does
+        reached: list[Any] = []   # what the last layer to be run returned
 
         def step(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal count
@@ -93,20 +99,31 @@ class Trace:
             _check_order(self.layers, depth, layer)
             if depth < start:
                 output = self._output(depth, index)
-                return payload.put(output, _where(output, layer), native) if depth == start - 1 else output
+                if depth == start - 1:
+                    output = payload.put(output, _where(output, layer), native)
+                payload.REPLAYING.answer = output
+                return output
+            payload.REPLAYING.answer = None
             if depth == start == 0:
                 args, kwargs = with_state(args, kwargs, native, layer)
-            output = forward(*args, **kwargs)
-            if depth + 1 == stop:
-                raise _Reached(output)
-            return output
+            running.append(depth)
+            return forward(*args, **kwargs)
 
-        with patched(self.layers, step):
+        def left(layer: nn.Module, args: Any, output: Any) -> None:
+            if running and running.pop() + 1 == stop:
+                reached.append(output)
+                raise _Reached
+
+        with patched(self.layers, step, left):
+            payload.REPLAYING.on = True
             try:
                 answer = self.call(index)
-            except _Reached as reached:
-                layer = self.layers[(stop or 0) - 1]
-                return canonical(self.layout, payload.get(reached.output, _where(reached.output, layer)))
+            except _Reached:
+                pass
+            finally:
+                payload.REPLAYING.on, payload.REPLAYING.answer = False, None
+        if reached:  # also where the model's own code has caught the exception and gone on
+            return canonical(self.layout, payload.get(reached[0], _where(reached[0], self.layers[(stop or 0) - 1])))
         if stop is not None or count < len(self.layers):
             raise RuntimeError(f"the model ran {count} of its {len(self.layers)} layers when it was run again: its "
                                "number of loops depends on its state, and it cannot be run layer by layer.")
@@ -156,6 +173,7 @@ def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
     """
     entered: list[Tensor] = []
     outputs: list[Any] = []
+    running: list[int] = []
 
     def step(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         depth = len(outputs)
@@ -166,12 +184,15 @@ def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
             if where is None:
                 raise TypeError(f"{type(layer).__name__} was called without a tensor, so that no state enters it.")
             entered.append(payload.get(given, where))
-        output = forward(*args, **kwargs)
-        _where(output, layer)
-        outputs.append(output)
-        return output
+        running.append(depth)
+        outputs.append(None)
+        return forward(*args, **kwargs)
 
-    with patched(layers, step):
+    def left(layer: nn.Module, args: Any, output: Any) -> None:
+        _where(output, layer)
+        outputs[running.pop()] = output
+
+    with patched(layers, step, left):
         answer = call(None)
     if len(outputs) != len(layers):
         raise RuntimeError(f"the model ran {len(outputs)} layers and was declared to run {len(layers)}: the number of "
@@ -182,9 +203,15 @@ def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
 
 
 @contextmanager
-def patched(layers: Sequence[nn.Module], step: Callable[..., Any]) -> Iterator[None]:
-    """In the block a call of one of ``layers`` is ``step(layer, its own forward, args, kwargs)``."""
+def patched(layers: Sequence[nn.Module], step: Callable[..., Any],
+            left: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """In the block a call of one of ``layers`` is ``step(layer, its own forward, args, kwargs)``.
+
+    ``left(layer, args, output)`` sees what the layer returns after its hooks, but for the one by which `loopify` runs
+    the other loops, which acts after it.
+    """
     kept: list[tuple[nn.Module, bool, Any]] = []
+    removers: list[Any] = []
 
     def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: step(layer, forward, args, kwargs)
@@ -193,8 +220,14 @@ def patched(layers: Sequence[nn.Module], step: Callable[..., Any]) -> Iterator[N
         for layer in dict.fromkeys(layers):
             kept.append((layer, "forward" in layer.__dict__, layer.__dict__.get("forward")))
             layer.__dict__["forward"] = stand_in(layer, layer.forward)
+            removers.append(layer.register_forward_hook(left))
+            for key, hook in list(layer._forward_hooks.items()):
+                if getattr(hook, "__name__", "") == RUNS_THE_REST:
+                    layer._forward_hooks.move_to_end(key)
         yield
     finally:
+        for remover in removers:
+            remover.remove()
         for layer, own, forward in reversed(kept):
             if own:
                 layer.__dict__["forward"] = forward
@@ -215,11 +248,8 @@ def with_state(args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor,
 # ---------------------------------------------------------------------- private
 
 
-class _Reached(BaseException):
-    """The layer at which a replay ends has returned (not an Exception, so that a model's ``except`` lets it pass)."""
-
-    def __init__(self, output: Any):
-        self.output = output
+class _Reached(Exception):
+    """The layer at which a replay ends has returned."""
 
 
 def _where(output: Any, layer: nn.Module) -> payload.Where:

@@ -13,9 +13,10 @@ import torch
 import xarray as xr
 
 from hooks import HookedLoopMDM
+from probes.cycles import own_loops
 from probes.geometry import classify_tokens, dynamics, fixed_point
 from probes.measurement import measurement
-from probes.stages import Cycle, head_distances, loop_cycle, pattern_gram
+from probes.stages import head_distances, pattern_gram
 from studies.questions.claims.measure import answers_over_loops, loop_counts
 from studies.zoo import Entry
 
@@ -74,7 +75,7 @@ def measure(entry: Entry, *, examples: int, seed: int) -> tuple[dict[str, float]
 
 def attention_change(model: HookedLoopMDM, noised: torch.Tensor) -> float:
     """How far attention of the same layer still moves in the last loop of training, relative to all pairs of loops."""
-    cycle: Cycle = loop_cycle(model.config, model.config.max_loops)
+    cycle = own_loops(model.topology())
     distance = head_distances(pattern_gram(model, noised, cycle, t=1.0)).mean("example").values
     by_layer = distance.reshape(cycle.n_loops, cycle.n_layers, cycle.n_loops, cycle.n_layers)
     same = np.stack([by_layer[:, layer, :, layer] for layer in range(cycle.n_layers)]).mean(0)   # [loop, loop]

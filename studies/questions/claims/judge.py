@@ -41,7 +41,7 @@ Word = Literal["holds here", "does not hold here", "undecided"]
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Estimate:
     """A number with a 95% interval (NaN where there is none), and the bound it must exceed by ``smallest``."""
 
     label: str
@@ -93,7 +93,7 @@ class Judgement:
 
     letter: str
     claim: str
-    quantities: tuple[Quantity, ...]
+    quantities: tuple[Estimate, ...]
     note: str = ""
     missing: str = ""   # why it could not be measured
 
@@ -126,12 +126,12 @@ class Judgement:
             known: dict[str, Any] = {key: value for key, value in saved.items() if key != "word"}
             for key in ("value", "low", "high"):
                 known[key] = math.nan if known[key] is None else float(known[key])
-            quantities.append(Quantity(**known))
+            quantities.append(Estimate(**known))
         return cls(values["letter"], values["claim"], tuple(quantities), values["note"], values["missing"])
 
 
 def quantity(label: str, values: xr.DataArray, *, limits: tuple[float, float] = (-math.inf, math.inf),
-             statistic: Callable[[np.ndarray], np.ndarray] | None = None, **options: Any) -> Quantity:
+             statistic: Callable[[np.ndarray], np.ndarray] | None = None, **options: Any) -> Estimate:
     """Mean and interval of an array with axis ``seed``, and ``example`` where examples were measured one by one.
 
     Examples in which the value is undefined (NaN) are left out, and seeds of which it was not measured. The
@@ -160,11 +160,11 @@ def quantity(label: str, values: xr.DataArray, *, limits: tuple[float, float] = 
         low, high = _over_examples(sample, of, limits)
     elif n > 1:
         over += " without spread"
-    return Quantity(label, float(by_seed.mean()), float(np.clip(low, *limits)), float(np.clip(high, *limits)), over,
+    return Estimate(label, float(by_seed.mean()), float(np.clip(low, *limits)), float(np.clip(high, *limits)), over,
                     **options)
 
 
-def ratio_quantity(label: str, ratio: xr.DataArray, side: xr.DataArray, **options: Any) -> Quantity:
+def ratio_quantity(label: str, ratio: xr.DataArray, side: xr.DataArray, **options: Any) -> Estimate:
     """A positive ratio over axis ``seed``, and its interval.
 
     ``side`` (seed) is −1 where the ratio is known only to be below its value, 1 where above, and 0 where it is exact.
@@ -183,7 +183,7 @@ def ratio_quantity(label: str, ratio: xr.DataArray, side: xr.DataArray, **option
             over = f"geometric mean of {over}"
             if np.ptp(logs) > ROUNDING:
                 low, high = map(math.exp, _student(logs))
-        return Quantity(label, math.exp(logs.mean()), low, high, over, **options)
+        return Estimate(label, math.exp(logs.mean()), low, high, over, **options)
     if n > 1:
         over = f"median of {over}, {bounds} of them a bound"
     lows, highs = np.sort(np.where(sides < 0, 0, values)), np.sort(np.where(sides > 0, np.inf, values))
@@ -193,10 +193,10 @@ def ratio_quantity(label: str, ratio: xr.DataArray, side: xr.DataArray, **option
     with np.errstate(divide="ignore"):   # a ratio that may be 0
         least, most = (float(np.exp(np.median(np.log(ends)))) for ends in (lows, highs))
     if least == most:
-        return Quantity(label, most, low, high, over, **options)
+        return Estimate(label, most, low, high, over, **options)
     if math.isfinite(most):
-        return Quantity(label, most, low, high, over, sign="<", **options)
-    return Quantity(label, least or math.nan, low, high, over, sign=">", **options)
+        return Estimate(label, most, low, high, over, sign="<", **options)
+    return Estimate(label, least or math.nan, low, high, over, sign=">", **options)
 
 
 def judge(pooled: Mapping[str, xr.Dataset]) -> dict[str, Judgement]:

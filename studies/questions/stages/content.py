@@ -18,10 +18,11 @@ import xarray as xr
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM
+from probes.cycles import Cycle
+from probes.intervals import NotDefinedError
 from probes.linear import ridge_probes
 from probes.loops import loop_states
 from probes.measurement import measurement
-from probes.stages import Cycle, NotDefinedError
 from studies.questions.stages.operation import SUBJECTS, Operation, Setting, Value
 
 

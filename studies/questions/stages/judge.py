@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from probes.stages import Interval, NotDefined, Spread
+from probes.intervals import Interval, NotDefined, Spread
 from studies.questions.stages.operation import SUBJECTS, Operation, Setting, Value
 
 QUESTION = "Do the loops re-run the same stages of inference, or does each loop compute something new?"

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from hooks import HookedLoopMDM
 from hooks.model.diffusion import corrupt
 from probes import stages
+from probes.cycles import Cycle, own_loops, pseudo_loops
+from probes.intervals import Interval, NotDefined, NotDefinedError, Spread, bootstrap
 from probes.measurement import measurement
-from probes.stages import Cycle, Interval, NotDefined, NotDefinedError, Spread
 from studies.checks import at_least, noise_level
 from studies.tasks import Batch, Task
 from studies.zoo import Entry
@@ -63,7 +64,7 @@ class Setting:
         task = models["loop"].task
         batch = task.sample(n_examples, seed=seed, split="test")
         noised = _masked(task, batch, t, seed)
-        pseudo = stages.pseudo_cycle(models["deep"].model.config, models["loop"].model.config.n_loop_layers)
+        pseudo = pseudo_loops(models["deep"].model.topology(1), models["loop"].model.config.n_loop_layers)
         untrained = tuple(_initialised(models["loop"].model, seed=seed + i) for i in range(n_untrained))
         return cls(task, models, untrained, batch, noised, t, seed, n_loops or pseudo.n_loops)
 
@@ -77,14 +78,14 @@ class Setting:
         loop, deep = self.models["loop"].model, self.models["deep"].model
         n_layers = loop.config.n_loop_layers
         offsets = range(deep.config.n_loop_layers % n_layers + 1)
-        return {"loop": [(loop, stages.loop_cycle(loop.config, self.n_loops))],
-                "control": [(deep, stages.pseudo_cycle(deep.config, n_layers, offset=o)) for o in offsets],
-                "untrained": [(model, stages.loop_cycle(model.config, self.n_loops)) for model in self.untrained]}
+        return {"loop": [(loop, own_loops(loop.topology(self.n_loops)))],
+                "control": [(deep, pseudo_loops(deep.topology(1), n_layers, offset=o)) for o in offsets],
+                "untrained": [(model, own_loops(model.topology(self.n_loops))) for model in self.untrained]}
 
     def bootstrap(self, statistic: Callable[..., float], *samples: np.ndarray | xr.DataArray) -> Value:
         """An interval over the held-out examples, the first axis of every sample; or why there is none."""
         try:
-            return stages.bootstrap(statistic, *samples, seed=self.seed)
+            return bootstrap(statistic, *samples, seed=self.seed)
         except NotDefinedError as error:
             return NotDefined(str(error))
 
