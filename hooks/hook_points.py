@@ -16,11 +16,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class HookFunction(Protocol):
     """TransformerLens' signature: returns a replacement, or None to leave the value alone."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scipy import stats
 from torch import Tensor
 
 from probes import probe_latent, ridge_probes
 from probes.stages import bootstrap
+from studies.claims_judge import quantity
 from tests.small import MASK, small_model
 
 
@@ -25,6 +27,15 @@ def test_a_bootstrap_interval_is_the_one_of_scipy(make: object) -> None:
     assert ours.high == pytest.approx(theirs.high, abs=near)
     half = 1.96 * values.std() / np.sqrt(len(values))
     assert ours.high - ours.low == pytest.approx(2 * half, rel=0.06)
+
+
+def test_the_claims_interval_over_examples_is_the_one_of_scipy() -> None:
+    values = np.random.default_rng(4).normal(size=300)
+    ours = quantity("x", xr.DataArray(values[None], dims=("seed", "example")))
+    theirs = stats.bootstrap((values,), np.mean, confidence_level=0.95, n_resamples=20_000, method="percentile",
+                             rng=np.random.default_rng(0)).confidence_interval
+    near = 0.05 * (theirs.high - theirs.low)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=near)
 
 
 def test_samples_of_the_same_examples_are_resampled_together() -> None:

@@ -132,12 +132,17 @@ class Chance(Automaton):
 
 
 def test_labels_that_are_chance_are_read_at_chance() -> None:
-    """A wide model remembers examples: a probe that had seen a held-out one would read its label."""
+    """A wide and very non-linear model tells examples apart: a probe fitted on held-out ones would know their labels."""
     task = Chance(rule=110, width=12, rows=2)
-    loop = small_model(vocab_size=3, mask_token_id=2, max_seq_len=task.seq_len, d_model=128, d_mlp=128, max_loops=2)
-    setting = Setting.draw(triplet(loop, task), n_examples=40, t=1.0, seed=0, n_untrained=2)
+    loop = small_model(vocab_size=3, mask_token_id=2, max_seq_len=task.seq_len, d_model=128, d_mlp=256, n_heads=8,
+                       max_loops=2)
+    with torch.no_grad():
+        for block in loop.blocks:
+            for part in (block.attn.out, block.mlp.up, block.mlp.down):
+                part.weight.mul_(6)
+    setting = Setting.draw(triplet(loop, task), n_examples=80, t=1.0, seed=0, n_untrained=2)
     accuracy = rerun_content.measure(setting).datasets["probe_by_region"].accuracy_loop.sel(region=1)
-    assert abs(float(accuracy.mean()) - 0.5) < 0.12, accuracy.values
+    assert abs(float(accuracy.mean()) - 0.5) < 0.1, accuracy.values   # 0.67 if they are fitted on the held-out split
 
 
 # ------------------------------------------------------------------------------------- attention frozen

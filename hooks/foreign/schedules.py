@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -27,6 +27,7 @@ Cycles = int | Mapping[str, int]
 """A number of loops, or {letter: number} for nested cycles, outermost first."""
 
 
+@runtime_checkable
 class Scheduled(Protocol):
     """What `hooks.foreign.watching` asks of a schedule."""
 
