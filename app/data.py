@@ -142,7 +142,7 @@ def checkpoints() -> dict[str, Checkpoint]:
     return dict(sorted(found.items(), key=lambda item: (kinds.index(cards[item[0]]["kind"]), item[0])))
 
 
-def describe(checkpoint: Checkpoint) -> str:
+def model_in_words(checkpoint: Checkpoint) -> str:
     """One line about a model: its kind, size and layers."""
     card = _card(checkpoint)
     top = card["topology"]
@@ -166,8 +166,7 @@ def examples(checkpoint: Checkpoint, n: int = N_EXAMPLES, seed: int = EXAMPLE_SE
 def studies_run() -> tuple[list[str], list[Problem]]:
     """Names of the results folders that can be shown, those on the headline question first; problems of the others."""
     files = sorted(file for name in RESULT_FILES for file in results_folder().glob(f"*/{name}"))
-    found, problems = _results_of(str(results_folder()), _stamp(*files))
-    return sorted(found, key=lambda name: (not name.startswith("rerun"), name)), problems
+    return _results_of(str(results_folder()), _stamp(*files))
 
 
 @st.cache_data(max_entries=8, show_spinner=False)

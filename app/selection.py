@@ -94,7 +94,7 @@ def choose() -> Scene:
                                  "*deep* twin has its mean compute.")
         checkpoint = available[name]
         entry = _loaded(checkpoint)
-        st.caption(data.describe(checkpoint))
+        st.caption(data.model_in_words(checkpoint))
         trained = entry.model.config.max_loops
         n_loops = st.slider("Loops S", 1, MAX_LOOPS, _default_loops(entry), key="loops", bind="query-params",
                             help="How often the mid layers run. Any number works, also beyond those of training.")

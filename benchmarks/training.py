@@ -4,15 +4,14 @@
 
 For each preset one optimiser step is timed as its recipe has it (bfloat16 products and compiled blocks where the
 machine can, masked positions unembedded) and as plain PyTorch has it (float32, eager, the whole output,
-`hooks.model.diffusion.nelbo`), in alternating rounds. FLOPs are counted from the configuration (`studies.flops`); the
-matrix rate is the best that torch reaches on the products of that model's layers, in the same precision, on as many
-threads.
+`hooks.model.diffusion.nelbo`), in alternating rounds. FLOPs are counted from the configuration
+(`studies.training.flops`); the matrix rate is the best that torch reaches on the products of that model's layers, in
+the same precision, on as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import tempfile
 import time
@@ -24,11 +23,12 @@ import torch
 
 from benchmarks.timing import Estimate, alternate, compare
 from hooks.model.diffusion import antithetic_t, corrupt, nelbo
-from studies.flops import training_flops
-from studies.machine import fastest
-from studies.presets import PRESETS
-from studies.training import TrainConfig, TrainingRun
-from studies.training_step import Share
+from hooks.writing import written_whole
+from studies.training.flops import training_flops
+from studies.training.machine import fastest
+from studies.training.presets import PRESETS
+from studies.training.run import TrainConfig, TrainingRun
+from studies.training.step import World
 
 SIZES = ("automaton", "sudoku6", "pointer", "text")
 N_LOOPS = 4
@@ -93,9 +93,9 @@ def measure(preset: str, *, rounds: int) -> Rate:
     """Time the preset's LoopMDM."""
     with tempfile.TemporaryDirectory() as folder:
         recipe: TrainConfig = PRESETS[preset].train_config("loop", 0, out=folder)
-        fast = fixed_loops(TrainingRun(recipe, Share()))
+        fast = fixed_loops(TrainingRun(recipe, World()))
         plain = fixed_loops(TrainingRun(PRESETS[preset].train_config("loop", 0, out=folder, precision="fp32",
-                                                                     compile=False), Share()))
+                                                                     compile=False), World()))
         times = alternate({"recipe": fast.step_once, "plain": plain_step(plain)}, rounds=rounds)
     positions = recipe.batch_size * recipe.task.seq_len
     flops = recipe.batch_size * training_flops(fast.model.config, seq_len=recipe.task.seq_len, n_loops=N_LOOPS)
@@ -149,10 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
         "only masked positions unembedded. *Plain PyTorch*: float32, eager, every position unembedded. *Matrix rate*: "
         "the best that torch reaches on the products of the model's layers in that precision. *Data*: share of the "
         "recipe's step spent making examples.", table(rates, products)])
-    target = Path(__file__).with_name("training.md")
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, target)
+    with written_whole(Path(__file__).with_name("training.md")) as temporary:
+        temporary.write_text(text + "\n")
 
 
 if __name__ == "__main__":

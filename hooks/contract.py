@@ -29,7 +29,8 @@ from hooks.sites import SitePattern, SiteSpace
 from hooks.topology import Topology
 
 Inputs = Any
-"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name."""
+"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name.
+Padded sequences are a mapping of ``input_ids`` and ``attention_mask``: padding is never scored."""
 
 State = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch pos vocab"]
@@ -59,7 +60,7 @@ class Context(Protocol):
         """The context of some of the examples, in this order; an example may be taken several times."""
 
 
-class Run(NamedTuple):
+class Forward(NamedTuple):
     """One forward: the state that enters each depth, with the last one after the last layer, and the answer."""
 
     states: tuple[State, ...]
@@ -159,13 +160,13 @@ class LoopedModel(ABC):
         """The answer when looping stops at ``state``: the tail, then `read` (the coda lens of 2507.02199)."""
         return self.resume(context.topology.depth - context.topology.n_tail, state, context)
 
-    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Run:
+    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Forward:
         """One forward with the state before and after every layer."""
         state, context = self.enter(inputs, n_loops, t=t)
         states = [state]
         for depth in range(context.topology.depth):
             states.append(self.apply(depth, states[-1], context))
-        return Run(tuple(states), self.read(states[-1], context), context)
+        return Forward(tuple(states), self.read(states[-1], context), context)
 
     # ---- what its answers are about
 
@@ -182,6 +183,11 @@ class LoopedModel(ABC):
         return [str(int(i)) for i in ids]
 
     # ---- inputs, which only a model knows how to cut
+
+    def real_positions(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
+        """Positions that are no padding, or None where there is none: the ``attention_mask`` of a mapping."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def batch_size(self, inputs: Inputs) -> int:
         """How many examples there are."""

@@ -162,8 +162,9 @@ class Entropy(_OverAxis):
         super().__init__("key")
 
     def reduced(self, activation: Tensor, site: str, axes: Axes) -> Tensor:
-        if not split(site)[0].endswith("hook_pattern"):
-            raise ValueError(f"Entropy reads distributions, and {site} holds none: name '*.attn.hook_pattern'.")
+        if "key" not in axes or split(site)[0].endswith("hook_attn_scores"):
+            raise ValueError(f"Entropy reads distributions, and {site} holds none: name '**.attn.hook_pattern', or the "
+                             "attention weights that a module returns ('**.attn.hook_out.1').")
         return torch.special.entr(activation).sum(self._index(axes, site))
 
 

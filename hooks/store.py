@@ -107,7 +107,8 @@ class RecordingWriter:
                                  "store at the same loops.")
             if len(sites) == len(recording.space.firings(name)):
                 loops = {letter or "loop": range(count) for letter, count in axes}
-                arrays[name] = recording.to_xarray(name).assign_coords(loops)
+                array = recording.to_xarray(name)
+                arrays[name] = array if "loop" in array.coords else array.assign_coords(loops)
                 continue
             if len(axes) > 1:
                 raise ValueError(f"{name} is nested and was recorded in part: record all its loops to store it.")

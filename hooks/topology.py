@@ -15,7 +15,7 @@ from functools import cached_property
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """One layer of the head, of a loop, or of the tail.
 
     ``layer`` numbers physical layers: where a loop runs one layer twice (nested cycles) two places share it.
@@ -40,7 +40,7 @@ class Topology:
     n_mid: int
     n_tail: int
     n_loops: int
-    places: tuple[Place, ...] = ()
+    places: tuple[LayerPlace, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,10 +84,10 @@ class Topology:
 
     # ------------------------------------------------------------------ private
 
-    def _place(self, index: int) -> Place:
+    def _place(self, index: int) -> LayerPlace:
         if self.places:
             return self.places[index]
-        return Place(f"blocks.{index}", index, "{k}" if self.n_head <= index < self.n_head + self.n_mid else "")
+        return LayerPlace(f"blocks.{index}", index, "{k}" if self.n_head <= index < self.n_head + self.n_mid else "")
 
     @cached_property
     def _order(self) -> list[tuple[int, int | None]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from hooks import SiteError, Topology
 from hooks.contract import Inputs, Levels, LoopedModel, Unavailable
 from hooks.recording import Recording
+from probes.batching import select_examples
 from probes.measurement import depth_coords, measurement
 
 ROLES = {True: ("masked", "visible"), False: ("scored", "unscored")}
@@ -32,6 +33,8 @@ ROLES = {True: ("masked", "visible"), False: ("scored", "unscored")}
 
 SINK_THRESHOLD = 0.3
 """A key is a sink of a head if it draws at least this share of the head's attention (2510.06477)."""
+
+PATTERN_METRIC = "‖A − B‖_F / √(‖A‖_F² + ‖B‖_F²)"
 
 CHUNK_ELEMENTS = 2 ** 25
 """Pattern entries that `pattern_distance` holds at a time (128 MB in float32)."""
@@ -62,12 +65,12 @@ def patterns(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None, 
     layers (−1 is the last one); layers that run once are unaffected by it. Raises SiteError for a layer or loop
     that does not run, and Unavailable where the model makes no patterns.
     """
-    inputs, t = _examples(model, inputs, t, batch)
+    inputs, t = select_examples(model, inputs, t, batch)
     topology = model.topology(n_loops)
     depths = _chosen(topology, layers, loops)
     sites = [model.attention(depth, n_loops=n_loops) for depth in depths]
     _, rec = model.run_with_cache(inputs, n_loops, names_filter=sites, t=t)
-    value = torch.stack([_pattern(rec, site) for site in sites])
+    value = torch.stack([pattern_at(rec, site) for site in sites])
     coords: dict[Hashable, Any] = {name: (coord[0], coord[1][depths]) if isinstance(coord, tuple) else coord[depths]
                                    for name, coord in depth_coords(topology).items()}
     coords["batch"] = np.arange(value.shape[1]) if batch is None else np.asarray(batch)
@@ -90,7 +93,9 @@ def attention_summary(model: LoopedModel, inputs: Inputs, *, n_loops: int | None
     Sources: 2604.11791, 2510.06477, flows ours after 2605.26106.
     """
     scored = model.scored(inputs)
-    roles, names = torch.stack([scored, ~scored], dim=-1), list(ROLES[model.mask_token_id is not None])
+    real = model.real_positions(inputs)
+    other = ~scored if real is None else ~scored & real.to(scored.device)
+    roles, names = torch.stack([scored, other], dim=-1), list(ROLES[model.mask_token_id is not None])
     topology = model.topology(n_loops)
     sites = [model.attention(depth, n_loops=n_loops) for depth in range(topology.depth)]
     _, rec = model.run_with_cache(inputs, n_loops, names_filter=sites, t=t,
@@ -116,25 +121,29 @@ def attention_summary(model: LoopedModel, inputs: Inputs, *, n_loops: int | None
 def pattern_distance(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None, t: Levels = None) -> xr.Dataset:
     """How far the attention patterns of each two depths lie apart, heads matched by their index.
 
-    ``frobenius``: ‖A − B‖_F / √((‖A‖_F² + ‖B‖_F²) / 2) per head and example, then averaged; between 0 and √2, which
-    two patterns without a common entry reach. ``jensen_shannon`` [nat]: H((A_i + B_i)/2) − (H(A_i) + H(B_i))/2,
-    averaged over queries i, heads and examples; between 0 and log 2. Both (depth, depth_b), symmetric, 0 on the
-    diagonal; ``frobenius_by_example`` and ``jensen_shannon_by_example`` (batch, depth, depth_b) hold what they are
-    means of, for a bootstrap. Source: 2604.11791 (the normalisation of the first is ours).
+    ``frobenius``: `pattern_metric` per head and example, then averaged; between 0 and 1. ``jensen_shannon`` [nat]:
+    H((A_i + B_i)/2) − (H(A_i) + H(B_i))/2, averaged over queries i, heads and examples; between 0 and log 2. Both
+    (depth, depth_b), symmetric, 0 on the diagonal; ``frobenius_by_example`` and ``jensen_shannon_by_example`` (batch,
+    depth, depth_b) hold what they are means of, for a bootstrap. Source: 2604.11791 (the normalisation of the first is
+    ours).
     """
     topology = model.topology(n_loops)
     sites = [model.attention(depth, n_loops=n_loops) for depth in range(topology.depth)]
     frobenius: list[Tensor] = []
     jensen_shannon: list[Tensor] = []
+    real = model.real_positions(inputs)
     size, at_once = model.batch_size(inputs), 1  # the first example tells how large a pattern is
     while len(frobenius) < size:
         chunk = range(len(frobenius), min(size, len(frobenius) + at_once))
-        some, some_t = _examples(model, inputs, t, chunk)
+        some, some_t = select_examples(model, inputs, t, chunk)
         _, rec = model.run_with_cache(some, n_loops, names_filter=sites, t=some_t)
-        held = [_pattern(rec, site) for site in sites]
+        held = [pattern_at(rec, site) for site in sites]
         at_once = max(1, CHUNK_ELEMENTS // (len(held) * held[0][0].numel()))
         for example in range(len(chunk)):  # one at a time stays in the processor's cache: twice as fast as a batch
             one = torch.stack([pattern[example] for pattern in held]).float()
+            if real is not None:  # padded queries attend too, but mean nothing
+                kept = real[chunk[example]].to(one.device)
+                one = one[:, :, kept][..., kept]
             frobenius.append(_frobenius(one))
             jensen_shannon.append(_jensen_shannon(one))
     coords = depth_coords(topology)
@@ -142,7 +151,7 @@ def pattern_distance(model: LoopedModel, inputs: Inputs, *, n_loops: int | None 
                for name, coord in coords.items()}
     described = {
         "frobenius": ("distance of attention patterns (Frobenius)", "1", torch.stack(frobenius),
-                      "‖A − B‖_F / √((‖A‖_F² + ‖B‖_F²)/2), heads matched by index, mean over heads",
+                      f"{PATTERN_METRIC}, heads matched by index, mean over heads",
                       "arXiv 2604.11791; normalisation ours"),
         "jensen_shannon": ("distance of attention patterns (Jensen–Shannon)", "nat", torch.stack(jensen_shannon),
                            "H((A_i + B_i)/2) − (H(A_i) + H(B_i))/2, heads matched by index, mean over queries i and "
@@ -157,13 +166,30 @@ def pattern_distance(model: LoopedModel, inputs: Inputs, *, n_loops: int | None 
     return xr.Dataset(variables, attrs={"n_loops": topology.n_loops})
 
 
+def pattern_at(rec: Recording, site: str) -> Float[Tensor, "batch head query key"]:
+    """The attention pattern in a recording. Raises `hooks.Unavailable` if something else is recorded there."""
+    return _checked(rec[site], site)
+
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+def pattern_metric(apart: Array, square: Array, other_square: Array) -> Array:
+    """‖A − B‖_F / √(‖A‖_F² + ‖B‖_F²), of ‖A − B‖_F, ‖A‖_F² and ‖B‖_F²: the distance of two attention patterns.
+
+    0 for equal patterns, 1 for two without a common entry. Arrays broadcast. The normalisation is ours.
+    """
+    return apart / (square + other_square) ** 0.5
+
+
 # ---------------------------------------------------------------------- private
 
 def _summary(pattern: Float[Tensor, "batch head query key"],
              roles: Bool[Tensor, "batch pos role"]) -> Float[Tensor, "batch head value"]:
-    """The values of `_SUMMARY` in its order, packed along the last axis."""
+    """The values of `_SUMMARY` in its order, packed along the last axis; padding has no role, and counts nowhere."""
     pattern = pattern.float()
-    n_pos = pattern.shape[-1]
+    real = roles.any(-1).to(pattern)
+    n_pos = real.sum(1, keepdim=True)                                          # [batch, 1]
     member = roles.to(pattern)
     size = member.sum(1)                                                       # [batch, role]
     mass = pattern @ member[:, None]                                           # [batch, head, query, key_role]
@@ -171,10 +197,11 @@ def _summary(pattern: Float[Tensor, "batch head query key"],
     over_chance = flow / (size / n_pos)[:, None, None, :]
     entropy = _entropy(pattern)                                                # [batch, head, query]
     entropy_by_role = entropy @ member / size[:, None]
-    column = pattern.mean(2)                                                   # [batch, head, key]
-    concentration = 1 - _entropy(column) / torch.tensor(float(n_pos)).log()
-    sinks = (column >= SINK_THRESHOLD).float().mean(-1)
-    return torch.cat([flow.flatten(2), over_chance.flatten(2), entropy.mean(-1, keepdim=True), entropy_by_role,
+    column = torch.einsum("bhqk,bq->bhk", pattern, real) / n_pos[..., None]    # padded keys have none
+    concentration = 1 - _entropy(column) / n_pos.log()
+    sinks = (column >= SINK_THRESHOLD).float().sum(-1) / n_pos
+    mixing = (entropy * real[:, None]).sum(-1) / n_pos
+    return torch.cat([flow.flatten(2), over_chance.flatten(2), mixing[..., None], entropy_by_role,
                       concentration[..., None], sinks[..., None]], dim=-1)
 
 
@@ -187,7 +214,7 @@ def _frobenius(one: Float[Tensor, "depth head query key"]) -> Float[Tensor, "dep
     # Differences, not the Gram matrix: near a fixed point the cancellation in ‖A‖² + ‖B‖² − 2A·B is all there is.
     apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
     square = flat.square().sum(-1)
-    return (apart / ((square[:, :, None] + square[:, None, :]) / 2).sqrt()).mean(0)
+    return pattern_metric(apart, square[:, :, None], square[:, None, :]).mean(0)
 
 
 def _jensen_shannon(one: Float[Tensor, "depth head query key"]) -> Float[Tensor, "depth depth_b"]:
@@ -215,20 +242,8 @@ def _chosen(topology: Topology, layers: Sequence[int] | None, loops: Sequence[in
             if (layers is None or layer in layers) and (wanted is None or loop is None or loop in wanted)]
 
 
-def _pattern(rec: Recording, site: str) -> Float[Tensor, "batch head query key"]:
-    return _checked(rec[site], site)
-
-
 def _checked(pattern: Tensor, site: str) -> Tensor:
     if pattern.ndim != 4:
         raise Unavailable(f"{site} holds {list(pattern.shape)} and no attention pattern [batch, head, query, key]: "
                           "name its site when you adopt the model, attention='attn.hook_out.1'.")
     return pattern
-
-
-def _examples(model: LoopedModel, inputs: Inputs, t: Levels, chosen: Sequence[int] | None) -> tuple[Inputs, Levels]:
-    """Some of the examples, and their noise levels."""
-    if chosen is None:
-        return inputs, t
-    index = torch.as_tensor(list(chosen), dtype=torch.long)
-    return model.select(inputs, index), t[index.to(t.device)] if isinstance(t, Tensor) and t.ndim else t

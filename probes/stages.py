@@ -14,7 +14,7 @@ Pattern distances describe; they decide nothing: shared weights make the same la
 not anything was learned. A statistic that has no value (one looped layer leaves no other layer to compare with;
 uniform attention differs nowhere) raises NotDefinedError with the reason.
 
-    cycle = loop_cycle(model.config, n_loops=4)
+    cycle = own_loops(model.topology(4))
     distances = head_distances(pattern_gram(model, noised, cycle))
     same, other = same_layer_distance(distances), other_layer_distance(distances)     # each [example]
     distance_ratio(same.mean(), other.mean())
@@ -22,8 +22,8 @@ uniform attention differs nowhere) raises NotDefinedError with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooks import HookedLoopMDM, LoopMDMConfig, Topology
+from hooks import LoopMDMConfig
+from hooks.contract import Inputs, Levels, LoopedModel
+from hooks.edits import patch
+from probes.attention import PATTERN_METRIC, pattern_at, pattern_metric
+from probes.batching import in_chunks
+from probes.cycles import Cycle
+from probes.intervals import NotDefinedError
 from probes.measurement import measurement
 
 FEATURES = {
@@ -57,51 +63,6 @@ FEATURE_ROUNDING = 1e-5
 """A feature of the signature whose standard deviation is below this does not vary: float32 rounding."""
 
 
-class NotDefinedError(ValueError):
-    """A statistic has no value here. The message is the reason, worded to follow "not defined because …"."""
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A stretch of an unrolled network read as loops × layers: ``depths[k][l]`` are unrolled depths."""
-
-    topology: Topology
-    depths: tuple[tuple[int, ...], ...]
-
-    @property
-    def n_loops(self) -> int:
-        return len(self.depths)
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.depths[0])
-
-    def sites(self, hook: str) -> list[str]:
-        """The sites of ``hook``, loop by loop, layer by layer."""
-        return [self.topology.site_at(depth, hook) for loop in self.depths for depth in loop]
-
-
-def loop_cycle(config: LoopMDMConfig, n_loops: int) -> Cycle:
-    """The loops of a LoopMDM, as they run."""
-    n_mid = config.n_loop_layers
-    return Cycle(config.topology(n_loops), tuple(
-        tuple(config.n_head_layers + k * n_mid + i for i in range(n_mid)) for k in range(n_loops)))
-
-
-def pseudo_cycle(config: LoopMDMConfig, n_layers: int, *, offset: int = 0) -> Cycle:
-    """The mid layers of an unlooped model cut into pseudo-loops of ``n_layers``, after skipping ``offset``.
-
-    Layers left over at the end are dropped. Raises ValueError if fewer than two pseudo-loops fit.
-    """
-    n_loops = (config.n_loop_layers - offset) // n_layers
-    if n_loops < 2:
-        raise ValueError(f"{config.n_loop_layers} mid layers after {offset} give {n_loops} pseudo-loops of {n_layers}; "
-                         "the control needs at least two.")
-    start = config.n_head_layers + offset
-    return Cycle(config.topology(1), tuple(
-        tuple(start + k * n_layers + i for i in range(n_layers)) for k in range(n_loops)))
-
-
 def whole(config: LoopMDMConfig) -> Cycle:
     """All layers of a model run with one loop, as one cycle."""
     return Cycle(config.topology(1), (tuple(range(config.topology(1).depth)),))
@@ -110,35 +71,41 @@ def whole(config: LoopMDMConfig) -> Cycle:
 # ------------------------------------------------------------------ signatures
 
 @torch.no_grad()
-def signature(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], targets: Int[Tensor, "example pos"],
-              cycle: Cycle, *, t: float | None = None, chunk: int = 64) -> xr.DataArray:
+def signature(model: LoopedModel, inputs: Inputs, targets: Int[Tensor, "example pos"], cycle: Cycle, *,
+              t: Levels = None, chunk: int = 64) -> xr.DataArray:
     """What each layer does, in numbers: example × loop × layer × feature (see `FEATURES`).
 
-    Every number is a mean over one example's masked (or visible) positions; NaN where there are none.
+    Every number is a mean over one example's scored positions, the masked ones of a masked model, or over the others;
+    NaN where there are none. ``targets`` hold the answers at scored positions, −1 where there is none.
+    Raises `hooks.Unavailable` where the model does not give one of the places or patterns.
     """
-    hooks = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_pattern")
-    sites = {hook: cycle.sites(hook) for hook in hooks}
+    n_loops, depths = cycle.topology.n_loops, [depth for loop in cycle.depths for depth in loop]
+    places = [[*(model.site(depth, kind, n_loops=n_loops) for kind in ("resid_pre", "attn_out", "mlp_out",
+                                                                      "resid_post")),
+               model.attention(depth, n_loops=n_loops)] for depth in depths]
     parts = []
-    for start in range(0, len(noised), chunk):
-        tokens, truth = noised[start:start + chunk], targets[start:start + chunk]
-        masked = tokens == model.config.mask_token_id
-        wanted = [site for listed in sites.values() for site in listed]
-        _, rec = model.run_with_cache(tokens, cycle.topology.n_loops, t=t, names_filter=wanted)
-        condition = model.condition(tokens, t)
-        rows = [_signature_at(model, [rec[sites[hook][i]] for hook in hooks], truth, masked, condition)
-                for i in range(len(sites["hook_resid_pre"]))]
+    for some, some_t, index in in_chunks(model, inputs, t, size=chunk):
+        truth = targets[index.to(targets.device)]
+        scored = model.scored(some) & (truth >= 0)
+        wanted = [site for sites in places for site in sites]
+        _, rec = model.run_with_cache(some, n_loops, t=some_t, names_filter=wanted)
+        _, context = model.enter(some, n_loops, t=some_t)
+        rows = [_signature_at(partial(model.read, context=context), [*(rec[site] for site in sites[:-1]),
+                                                                      pattern_at(rec, sites[-1])], truth, scored)
+                for sites in places]
         parts.append(torch.stack(rows, 1))
-    values = torch.cat(parts).view(len(noised), cycle.n_loops, cycle.n_layers, len(FEATURES))
+    values = torch.cat(parts).view(-1, cycle.n_loops, cycle.n_layers, len(FEATURES))
     return measurement(values, ("example", "loop", "layer", "feature"), coords={"feature": list(FEATURES)},
                        long_name="signature of a layer", units="1",
                        definition="; ".join(f"{name}: {text}" for name, (_, text) in FEATURES.items()),
                        source="features after arXiv 2604.11791, 2406.19384, 2510.06477")
 
 
-def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor, masked: Bool[Tensor, "example pos"],
-                  condition: Tensor | None) -> Float[Tensor, "example feature"]:
-    pre, attn_out, mlp_out, post, pattern = activations
-    on = masked.float()
+def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], truth: Tensor,
+                  scored: Bool[Tensor, "example pos"]) -> Float[Tensor, "example feature"]:
+    before, after = (F.log_softmax(_wide(read(activations[i])), -1) for i in (0, 3))
+    pre, attn_out, mlp_out, post, pattern = map(_wide, activations)
+    on = scored.float()
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
         total = where.sum(1)
@@ -147,8 +114,7 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
     attention, mlp = attn_out.norm(dim=-1), mlp_out.norm(dim=-1)
     entropy = -(pattern * pattern.clamp_min(1e-12).log()).sum(-1).mean(1)
     to_masked = (pattern * on[:, None, None]).sum(-1).mean(1)
-    before, after = (F.log_softmax(model.unembed(x, condition), -1) for x in (pre, post))
-    gain = (after - before).gather(-1, truth[..., None])[..., 0]
+    gain = (after - before).gather(-1, truth.clamp_min(0)[..., None])[..., 0]
     spectrum = torch.linalg.svdvals(post)
     spectrum = spectrum / spectrum.sum(-1, keepdim=True)
     return torch.stack([
@@ -158,6 +124,11 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
         mean(-(after.exp() * after).sum(-1), on), mean(gain, on),
         torch.exp(-(spectrum * spectrum.clamp_min(1e-12).log()).sum(-1)),
     ], 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: what is computed from an activation shall not be rounded as the activation was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def example_mean(values: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "..."]:
@@ -206,21 +177,24 @@ def profile_correlation(a: Float[np.ndarray, "layer feature"], b: Float[np.ndarr
 # ----------------------------------------------------------- attention patterns
 
 @torch.no_grad()
-def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle: Cycle, *, t: float | None = None,
+def pattern_gram(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, t: Levels = None,
                  chunk: int = 32) -> xr.DataArray:
     """Inner products ⟨A_a, A_b⟩ of all attention patterns of a cycle, per example.
 
     example × a × b, where a and b run over (loop, layer, head), in that order. Distances, head
     matchings and intervals all follow from it, so that patterns are never held together.
+    Raises `hooks.Unavailable` where the model makes no patterns.
     """
-    sites = cycle.sites("attn.hook_pattern")
+    sites = _pattern_sites(model, cycle)
     parts = []
-    for start in range(0, len(noised), chunk):
-        _, rec = model.run_with_cache(noised[start:start + chunk], cycle.topology.n_loops, t=t, names_filter=sites)
-        flat = torch.stack([rec[site] for site in sites], 1).flatten(3).flatten(1, 2)
+    for some, some_t, _ in in_chunks(model, inputs, t, size=chunk):
+        _, rec = model.run_with_cache(some, cycle.topology.n_loops, t=some_t, names_filter=sites)
+        held = torch.stack([_wide(pattern_at(rec, site)) for site in sites], 1)     # [example, place, head, query, key]
+        n_heads = held.shape[2]
+        flat = held.flatten(3).flatten(1, 2)
         parts.append(flat @ flat.transpose(1, 2))
     index = np.array([(k, i, h) for k in range(cycle.n_loops) for i in range(cycle.n_layers)
-                      for h in range(model.config.n_heads)])
+                      for h in range(n_heads)])
     coords: dict[Any, Any] = {f"{name}_{side}": (side, index[:, j]) for side in "ab"
                               for j, name in enumerate(("loop", "layer", "head"))}
     return measurement(torch.cat(parts), ("example", "a", "b"), coords=coords,
@@ -231,15 +205,15 @@ def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle
 def head_distances(gram: xr.DataArray) -> xr.DataArray:
     """Distance between the patterns of every two (loop, layer) pairs, heads matched: example × p × q.
 
-    d = ‖A − B‖_F / √(‖A‖²_F + ‖B‖²_F), 0 for equal patterns and 1 for disjoint ones, averaged over heads.
+    The distance of two patterns is `probes.attention.pattern_metric`, averaged over heads.
     Heads have no common order in different layers, so each pair of layers is given the matching of heads
     (Hungarian, on the mean over examples) under which they are nearest: the comparison favours "same".
     Distances below `PATTERN_ROUNDING` are 0.
     """
     products = gram.values
     squares = np.einsum("eaa->ea", products)
-    total = squares[:, :, None] + squares[:, None, :]
-    distance = np.sqrt(np.clip(total - 2 * products, 0, None) / np.maximum(total, 1e-12))
+    a, b = squares[:, :, None], squares[:, None, :]
+    distance = pattern_metric(np.sqrt(np.clip(a + b - 2 * products, 0, None)), a, b)
     distance = np.where(distance < PATTERN_ROUNDING, 0, distance)
     heads = int(gram.head_a.max()) + 1
     n = products.shape[1] // heads
@@ -253,13 +227,13 @@ def head_distances(gram: xr.DataArray) -> xr.DataArray:
     coords: dict[Any, Any] = {"loop": ("p", loops), "layer": ("p", layers),
                               "loop_q": ("q", loops), "layer_q": ("q", layers)}
     return measurement(matched, ("example", "p", "q"), coords=coords, long_name="distance of attention patterns",
-                       units="1", definition="‖A − B‖_F / √(‖A‖² + ‖B‖²), mean over optimally matched heads",
+                       units="1", definition=f"{PATTERN_METRIC}, mean over optimally matched heads",
                        source="after arXiv 2604.11791")
 
 
 @torch.no_grad()
-def frozen_attention(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle: Cycle, *, after: int,
-                     matching: xr.DataArray | None = None, t: float | None = None,
+def frozen_attention(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, after: int,
+                     matching: xr.DataArray | None = None, t: Levels = None,
                      chunk: int = 64) -> Int[Tensor, "example pos"]:
     """The model's answers when every loop later than ``after`` must reuse that loop's attention patterns.
 
@@ -267,25 +241,24 @@ def frozen_attention(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], c
     looks changes little. ``matching``, a `pattern_gram`, matches heads between layers first (a cycle of
     physically different layers has no common head order); None takes heads by index.
     """
-    sites = cycle.sites("attn.hook_pattern")
-    n_layers = cycle.n_layers
+    sites, n_layers, n_loops = _pattern_sites(model, cycle), cycle.n_layers, cycle.topology.n_loops
+    source = range(after * n_layers, (after + 1) * n_layers)
     answers = []
-    for start in range(0, len(noised), chunk):
-        tokens = noised[start:start + chunk]
-        source = sites[after * n_layers:(after + 1) * n_layers]
-        _, rec = model.run_with_cache(tokens, cycle.topology.n_loops, t=t, names_filter=source)
+    for some, some_t, _ in in_chunks(model, inputs, t, size=chunk):
+        _, rec = model.run_with_cache(some, n_loops, t=some_t, names_filter=[sites[place] for place in source])
         edits = []
-        for k in range(after + 1, cycle.n_loops):
-            for i in range(n_layers):
-                order = None if matching is None else _matched_heads(matching, k * n_layers + i, after * n_layers + i)
-                pattern = rec[source[i]] if order is None else rec[source[i]][:, order]
-                edits.append((sites[k * n_layers + i], _replace_with(pattern)))
-        answers.append(model.run_with_hooks(tokens, cycle.topology.n_loops, fwd_hooks=edits, t=t).argmax(-1))
+        for place in range(source.stop, len(sites)):
+            taken = source[place % n_layers]
+            pattern = rec[sites[taken]]
+            edits.append(patch(sites[place], pattern if matching is None
+                               else pattern[:, _matched_heads(matching, place, taken)]))
+        answers.append(model.run_with_hooks(some, n_loops, fwd_hooks=edits, t=some_t).argmax(-1))
     return torch.cat(answers)
 
 
-def _replace_with(value: Tensor) -> Callable[..., Tensor]:
-    return lambda _activation, hook: value
+def _pattern_sites(model: LoopedModel, cycle: Cycle) -> list[str]:
+    """Where the attention patterns of a cycle are, loop by loop, layer by layer."""
+    return [model.attention(depth, n_loops=cycle.topology.n_loops) for loop in cycle.depths for depth in loop]
 
 
 def _matched_heads(gram: xr.DataArray, p: int, q: int) -> Int[np.ndarray, "head"]:
@@ -315,73 +288,9 @@ def other_layer_distance(distances: xr.DataArray) -> Float[np.ndarray, "example"
     return distances.values[:, other].mean(1)
 
 
-def distance_ratio(same: float, other: float) -> float:
+def distance_ratio(same: float | np.floating[Any], other: float | np.floating[Any]) -> float:
     """Distance of the same layer over loops ÷ that of different layers. NotDefinedError if the latter is 0."""
     if other == 0:
         raise NotDefinedError("the attention patterns of different layers do not differ, and nothing can be divided "
                               "by their distance")
     return float(same / other)
-
-
-# -------------------------------------------------------------------- intervals
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95% bootstrap interval over examples."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True)
-class Spread(Interval):
-    """One number of each of several models: ``value`` is their mean, ``low`` and ``high`` the least and greatest."""
-
-    each: tuple[float, ...] = field(default=(), repr=False)
-
-    @classmethod
-    def of(cls, each: Sequence[float]) -> Spread:
-        return cls(float(np.mean(each)), min(each), max(each), tuple(each))
-
-
-@dataclass(frozen=True)
-class NotDefined:
-    """In place of an interval: there is no value, and why."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return f"not defined because {self.reason}"
-
-
-def bootstrap(statistic: Callable[..., float], *samples: Float[np.ndarray, "example ..."] | xr.DataArray,
-              seed: int = 0, n_resamples: int = 500) -> Interval:
-    """Percentile interval of ``statistic(*samples)`` under resampling of examples, the first axis (Efron 1979).
-
-    Raises NotDefinedError if the statistic raises it, or is not a finite number, for the examples as they are or
-    for more than half of the resamples; fewer such resamples are left out.
-    """
-    rng, n = np.random.default_rng(seed), len(samples[0])
-    value = _finite(statistic, samples)
-    draws = []
-    for _ in range(n_resamples):
-        picked = rng.integers(0, n, n)
-        try:
-            draws.append(_finite(statistic, tuple(sample[picked] for sample in samples)))
-        except NotDefinedError as error:
-            reason = str(error)
-    if len(draws) < n_resamples / 2:
-        raise NotDefinedError(f"in most resamples of the examples {reason}")
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
-
-
-def _finite(statistic: Callable[..., float], samples: tuple[Any, ...]) -> float:
-    value = float(statistic(*samples))
-    if not np.isfinite(value):
-        raise NotDefinedError("it is not a finite number for some example")
-    return value

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import tyro
 
-from studies.machine import Precision, fastest
-from studies.presets import PRESETS
-from studies.training import Kind, train
-from studies.training_step import join
+from studies.folders import seeded
+from studies.training.machine import Precision
+from studies.training.presets import PRESETS
+from studies.training.run import Kind, train
+from studies.training.step import join
 from studies.zoo import ZOO, export
 
 
@@ -55,7 +56,7 @@ class Pretrain:
     """List tasks and presets, and stop."""
 
 
-def listing() -> str:
+def list_presets() -> str:
     """A line per preset: its name, task, steps, and time on one CPU core."""
     return "\n".join(f"    {name:24} {preset.task}, {preset.steps} steps, {preset.time}"
                      for name, preset in PRESETS.items())
@@ -66,14 +67,14 @@ def main(args: Pretrain) -> int:
     import time
 
     if args.list:
-        print(listing())
+        print(list_presets())
         return 0
     if args.preset not in PRESETS:
         print(f"no preset is called {args.preset!r}; there are {', '.join(PRESETS)}.", file=sys.stderr)
         return 2
     preset = PRESETS[args.preset]
-    fast = fastest(args.device, precision=args.precision, compile=args.compile)
-    if join().leads:
+    fast = preset.recipe(args.device, precision=args.precision, compile=args.compile)
+    if join().is_main:
         for note in fast.notes:
             print(note, flush=True)
     deadline = None if args.time_budget_min is None else time.monotonic() + 60 * args.time_budget_min
@@ -81,12 +82,13 @@ def main(args: Pretrain) -> int:
         for kind in args.kinds or preset.kinds:
             left = None if deadline is None else max(1.0, deadline - time.monotonic())
             chosen = {"steps": args.steps, "precision": args.precision, "compile": args.compile}
-            if fast.precision == "fp32":   # the command on the card gives the same weights on a machine that has more
+            # what this machine goes without, the command on the card goes without on any other
+            if fast.precision == "fp32" and "precision" not in preset.train:
                 chosen["precision"] = "fp32"
-            if not fast.compile:
+            if not fast.compile and "compile" not in preset.train:
                 chosen["compile"] = False
             overrides = {key: value for key, value in chosen.items() if value is not None}
-            variant, name = preset.seeded(seed), preset.entry(kind, seed)
+            variant, name = seeded(preset.variant, seed), preset.entry(kind, seed)
             config = preset.train_config(kind, seed, time_budget_s=left, out=str(args.runs / name),
                                          device=args.device, threads=args.threads, **overrides)
             result = train(config)
@@ -101,4 +103,4 @@ def main(args: Pretrain) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Pretrain, description=f"{__doc__}\nTasks and presets:\n\n{listing()}")))
+    sys.exit(main(tyro.cli(Pretrain, description=f"{__doc__}\nTasks and presets:\n\n{list_presets()}")))

@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from studies.rerun_verdict import cell_text, notes
+from studies.questions.stages.judge import cell_text, notes
 from studies.results import RESULTS, read_results
 from studies.zoo import KINDS, ZOO, names, read_card
 

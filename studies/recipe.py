@@ -13,31 +13,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from studies.presets import PRESETS
-from studies.recipe_report import page
+from studies.questions.recipe.measure import CHANGES, configure, kept
+from studies.questions.recipe.page import page
 from studies.results import RESULTS
-from studies.training import TrainConfig, train
-
-CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "recipe": ("the recipe: S growing, exact mask sizes", {}),
-    "before": ("S uniform and each token masked for itself", {"loops_drawn": "uniform", "masks": "bernoulli"}),
-    "uniform": ("S uniform from the first step", {"loops_drawn": "uniform"}),
-    "bernoulli": ("each token masked for itself", {"masks": "bernoulli"}),
-    "bell": ("middle noise levels more often", {"noise_levels": "bell"}),
-    "wsd": ("learning rate constant, then falling in the last fifth", {"schedule": "wsd"}),
-    "embedding": ("the token embedding injected at each loop", {"model": {"input_injection": "add"}}),
-    "head": ("the head's output injected at each loop", {"model": {"input_injection": "head"}}),
-}
-"""What is compared: name, description, and the fields of `TrainConfig` that differ; ``model`` ones are added."""
-
-KEPT = ("step", "flops", "nelbo", "nelbo@1", "exact", "loops_idle")
-"""What the page needs of a run's last metrics; ``exact`` is that of S_max."""
+from studies.training.presets import PRESETS
+from studies.training.run import train
 
 
 @dataclass(frozen=True)
@@ -62,19 +48,6 @@ class Recipe:
     """Where recipe.json and recipe.md go."""
 
 
-def configure(task: str, change: str, seed: int, *, steps: int | None, runs: Path, threads: int | None) -> TrainConfig:
-    """The run of a LoopMDM under one change. The unchanged one is the run that `pretrain.py` makes, and its folder."""
-    preset = PRESETS[task]
-    base = preset.train_config("loop", seed, steps=steps, threads=threads)
-    fields = dict(CHANGES[change][1])
-    model = {**base.model, **fields.pop("model", {})}
-    if change == "recipe" and base.budget_flops == preset.train_config("loop", seed).budget_flops:
-        name = preset.entry("loop", seed)
-    else:
-        name = "-".join(filter(None, ("recipe", task, change, f"{steps}steps" if steps else "", f"s{seed}")))
-    return replace(base, model=model, out=str(runs / name), **fields)
-
-
 def read(results: Path) -> list[dict[str, Any]]:
     """The runs that were made, or none."""
     file = results / "recipe.json"
@@ -95,10 +68,7 @@ def main(args: Recipe) -> int:
         if any(key.items() <= run.items() for run in done):
             continue
         result = train(config)
-        last = result.metrics[-1]
-        last = {**last, "exact": last[f"exact@{result.model.config.max_loops}"]}
-        done.append({**key, "difficulty": config.task.to_dict(), "seconds": round(result.seconds),
-                     **{name: last[name] for name in KEPT}})
+        done.append({**key, "difficulty": config.task.to_dict(), "seconds": round(result.seconds), **kept(result)})
         args.results.mkdir(parents=True, exist_ok=True)
         (args.results / "recipe.json").write_text(json.dumps(done, indent=1) + "\n")
     if not any(run["change"] == "recipe" for run in done):

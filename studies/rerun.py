@@ -9,7 +9,7 @@ are cut into pseudo-loops (they share no weights, so nothing is forced to repeat
 LoopMDMs of the same shape show what weight sharing alone makes similar, and how far that
 differs from one initialisation to the next. The half on the operation is a description: no
 statistic here tells weight sharing from a repeated operation. The half on the content is
-decided, by rules with a smallest effect (see studies/rerun_verdict.py).
+decided, by rules with a smallest effect (see studies/questions/stages/judge.py).
 
 Prints a table and the findings in words, and writes results/rerun-<task>/: verdict.json,
 measurements.nc and a self-contained report.html. The first variant carries the report; the
@@ -27,10 +27,11 @@ from typing import Any
 import tyro
 import xarray as xr
 
-from studies import rerun_content, rerun_operation
 from studies.checks import at_least, noise_level
-from studies.rerun_report import report
-from studies.rerun_verdict import add_seeds, judge, summary_text
+from studies.questions.stages import content as content_half
+from studies.questions.stages import operation as operation_half
+from studies.questions.stages.judge import add_seeds, judge, summary_text
+from studies.questions.stages.page import page
 from studies.results import RESULTS, provenance, write_results
 from studies.zoo import ZOO, Entry, triplet, variants_of
 
@@ -65,10 +66,10 @@ class Rerun:
 
 def ask(args: Rerun, models: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
     """The whole study of one triplet: verdict and measurements."""
-    setting = rerun_operation.Setting.draw(models, n_examples=args.examples, t=args.t, seed=args.seed,
+    setting = operation_half.Setting.draw(models, n_examples=args.examples, t=args.t, seed=args.seed,
                                            n_untrained=args.untrained, n_loops=args.loops)
-    operation = rerun_operation.measure(setting)
-    content = rerun_content.measure(setting)
+    operation = operation_half.measure_operation(setting)
+    content = content_half.measure_content(setting)
     return judge(setting, operation, content), {**operation.datasets, **content.datasets}
 
 
@@ -91,8 +92,8 @@ def main(args: Rerun) -> int:
     add_seeds(verdict, {variant: ask(args, models)[0] for variant, models in others})
     entries = [entry for models in triplets.values() for entry in models.values()]
     verdict["provenance"] = provenance(args, entries, seconds=time.monotonic() - began)
-    folder = write_results(args.results / f"rerun-{args.task}", verdict=verdict, datasets=datasets,
-                           html=report(verdict, datasets))
+    folder = write_results(args.results / f"rerun-{args.task}", study="stages", verdict=verdict, datasets=datasets,
+                           html=page(verdict, datasets))
     print(summary_text(verdict))
     print(f"\nWritten to {folder} in {time.monotonic() - began:.0f} s: verdict.json, measurements.nc, report.html")
     return 0

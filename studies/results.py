@@ -3,7 +3,7 @@
 measurements.nc holds one netCDF group per named dataset, each variable with its definition
 and units. A results folder appears whole or not at all.
 
-    folder = write_results("results/rerun-automaton", verdict=…, datasets={"accuracy": …}, html=…)
+    folder = write_results("results/rerun-automaton", study="stages", verdict=…, datasets={"accuracy": …}, html=…)
     results = read_results("results/rerun-automaton")
     results.verdict["verdict"], results.datasets["accuracy"]
 """
@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,12 +23,18 @@ from typing import Any
 import torch
 import xarray as xr
 
+from hooks.writing import written_whole
 from studies.folders import folder
 from studies.zoo import Entry, Problem, read_json
 
 RESULTS = folder("results")
 FILES = ("verdict.json", "measurements.nc")
 """What a results folder must hold."""
+
+
+SCRIPTS = {"stages": "studies/rerun.py", "claims": "studies/claims.py", "ablations": "studies/ablations.py",
+           "length_generalization": "studies/length_generalization.py"}
+"""The program of each study, by the name that its verdicts carry."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +45,42 @@ class Results:
     verdict: dict[str, Any]
     datasets: dict[str, xr.Dataset]
 
+    @property
+    def study(self) -> str:
+        """What was asked, one of `SCRIPTS`; "" of results of another version, which do not say."""
+        return str(self.verdict.get("study", ""))
 
-def write_results(folder: str | Path, *, verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset],
+
+def made_by(folder: str | Path) -> str:
+    """The command that makes a results folder. Its verdict says which; where that cannot be read, its name does."""
+    path = Path(folder)
+    try:
+        study = str(read_json(path / "verdict.json").get("study", ""))
+    except ValueError:
+        study = ""
+    return f"python {SCRIPTS.get(study) or SCRIPTS.get(path.name.partition('-')[0], SCRIPTS['stages'])}"
+
+
+def write_results(folder: str | Path, *, study: str, verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset],
                   html: str) -> Path:
-    """Write a results folder through a temporary one.
+    """Write a results folder, whole or not at all; ``study`` (of `SCRIPTS`) becomes the verdict's first entry.
 
-    Raises ValueError, before anything is written, if the verdict holds NaN or an infinity: JSON has neither, and a
-    number that is not defined is stored as the reason why.
+    Raises ValueError, before anything is written, for an unknown study, and if the verdict holds NaN or an infinity:
+    JSON has neither, and a number that is not defined is stored as the reason why.
     """
-    final = Path(folder)
-    if found := _not_finite(verdict):
+    final, told = Path(folder), {"study": study, **verdict}
+    if study not in SCRIPTS:
+        raise ValueError(f"no study is called {study!r}; there are {', '.join(SCRIPTS)}.")
+    if found := _not_finite(told):
         raise ValueError(f"the verdict of {final.name} holds no finite number at {', '.join(found)}: store None, or "
                          "the reason why it is not defined.")
-    temporary = final.parent / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "verdict.json").write_text(json.dumps(verdict, indent=1, ensure_ascii=False,
-                                                           allow_nan=False) + "\n")
-    (temporary / "report.html").write_text(html)
-    for name, dataset in datasets.items():
-        file = temporary / "measurements.nc"
-        dataset.to_netcdf(file, mode="a" if file.exists() else "w", group=name, engine="h5netcdf")
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    with written_whole(final) as temporary:
+        temporary.mkdir()
+        (temporary / "verdict.json").write_text(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        (temporary / "report.html").write_text(html)
+        for name, dataset in datasets.items():
+            file = temporary / "measurements.nc"
+            dataset.to_netcdf(file, mode="a" if file.exists() else "w", group=name, engine="h5netcdf")
     return final
 
 
@@ -75,16 +91,6 @@ def _not_finite(value: Any, where: str = "") -> list[str]:
     if isinstance(value, (list, tuple)):
         return [at for i, v in enumerate(value) for at in _not_finite(v, f"{where}[{i}]")]
     return [where] if isinstance(value, float) and not math.isfinite(value) else []
-
-
-SCRIPTS = {"rerun": "studies/rerun.py", "claims": "studies/compute.py", "ablations": "studies/ablations.py",
-           "longer": "studies/longer.py"}
-"""The program that makes a results folder, by what its name begins with."""
-
-
-def made_by(folder: str | Path) -> str:
-    """The command that makes a results folder."""
-    return f"python {SCRIPTS.get(Path(folder).name.partition('-')[0], 'studies/rerun.py')}"
 
 
 def read_results(folder: str | Path) -> Results:
@@ -99,18 +105,22 @@ def read_results(folder: str | Path) -> Results:
 
 
 def list_results(folder: str | Path = RESULTS) -> tuple[list[str], list[Problem]]:
-    """Names of the results folders that can be read, and what is wrong with the others. Reads no values."""
+    """Names of the results folders that can be read, and what is wrong with the others. Reads no values.
+
+    They come by study, in the order of `SCRIPTS`, those of none at the end.
+    """
     paths = sorted({file.parent for name in FILES for file in Path(folder).glob(f"*/{name}")})
-    names: list[str] = []
+    order = list(SCRIPTS)
+    names: dict[str, int] = {}
     problems: list[Problem] = []
     for path in paths:
         try:
-            _opened(path)
-            names.append(path.name)
+            study = _opened(path)[0].get("study")
+            names[path.name] = order.index(study) if study in order else len(order)
         except (FileNotFoundError, ValueError) as error:
             file = next(path / name for name in FILES if str(error).startswith(str(path / name)))
             problems.append(Problem(file, str(error).removeprefix(str(file)).removeprefix(":").strip()))
-    return names, problems
+    return sorted(names, key=lambda name: (names[name], name)), problems
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooks import HookedLoopMDM
-from studies.flops import forward_flops
-from studies.folders import folder
+from hooks.writing import written_whole
+from studies.folders import entry_name, folder, group_name
 from studies.tasks import Task, load_task
-from studies.training import TrainConfig, TrainResult
+from studies.training.flops import forward_flops
+from studies.training.run import TrainConfig, TrainResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 ZOO = folder("zoo")
 KINDS = {"loop": "LoopMDM", "twin": "unlooped twin (equal parameters)",
          "deep": "unlooped deep twin (equal per-step compute)"}
+SHORT_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin", "deep": "deep twin"}
+"""What figures and tables call the kinds."""
 
 
 @dataclass(frozen=True)
@@ -214,16 +216,31 @@ def load_whole(paths: Iterable[Path], *, check: Callable[[Path], Any] | None = N
 
 def triplet(task: str = "automaton", variant: str = "", zoo: str | Path = ZOO) -> dict[str, Entry]:
     """The entries of one task and variant by kind; those that exist and are whole."""
-    folders = {kind: Path(zoo) / "-".join(filter(None, (task, kind, variant))) for kind in KINDS}
+    folders = {kind: Path(zoo) / entry_name(task, kind, variant) for kind in KINDS}
     whole = load_whole(folder for folder in folders.values() if (folder / "card.json").exists())
     return {kind: whole[folder.name] for kind, folder in folders.items() if folder.name in whole}
 
 
+def find_groups(zoo: str | Path = ZOO, *,
+                check: Callable[[Path], Any] | None = None) -> dict[str, dict[int, dict[str, Entry]]]:
+    """group → seed → kind → entry; seeds of which there are a LoopMDM and a twin.
+
+    Entries that are damaged, or whose folder makes ``check`` raise, are left out with a warning each.
+    """
+    found: dict[str, dict[int, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
+    for entry in load_whole((Path(zoo) / name for name in names(zoo)), check=check).values():
+        group = group_name(entry.task.name, str(entry.card.get("variant", "")))
+        found[group][int(entry.card["seed"])][entry.kind] = entry
+    whole = {group: {seed: kinds for seed, kinds in sorted(seeds.items()) if {"loop", "twin"} <= set(kinds)}
+             for group, seeds in found.items()}
+    return {group: seeds for group, seeds in sorted(whole.items()) if seeds}
+
+
 def variants_of(task: str, zoo: str | Path = ZOO) -> list[str]:
     """Variants of which the whole triplet is there, the first seed ("") first."""
-    stem, there = f"{task}-loop", set(names(zoo))
+    stem, there = entry_name(task, "loop"), set(names(zoo))
     found = {name.removeprefix(stem).removeprefix("-") for name in there if name.startswith(stem)}
-    return sorted(v for v in found if {"-".join(filter(None, (task, kind, v))) for kind in KINDS} <= there)
+    return sorted(v for v in found if {entry_name(task, kind, v) for kind in KINDS} <= there)
 
 
 def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: str | Path = ZOO,
@@ -231,19 +248,15 @@ def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: 
     """Write the entry of a finished run; the folder appears whole or not at all."""
     import pandas as pd
 
-    name = "-".join(filter(None, (config.task.name, config.kind, variant)))
-    final, temporary = Path(zoo) / name, Path(zoo) / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    name = entry_name(config.task.name, config.kind, variant)
     card = make_card(config, result, name=name, variant=variant, command=command)
-    copy.deepcopy(result.model).half().cpu().save_pretrained(temporary)
-    (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (temporary / "README.md").write_text(card_text(card))
-    pd.DataFrame(result.metrics).to_parquet(temporary / "metrics.parquet", index=False)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    return final
+    with written_whole(Path(zoo) / name) as temporary:
+        temporary.mkdir()
+        copy.deepcopy(result.model).half().cpu().save_pretrained(temporary)
+        (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        (temporary / "README.md").write_text(card_text(card))
+        pd.DataFrame(result.metrics).to_parquet(temporary / "metrics.parquet", index=False)
+    return Path(zoo) / name
 
 
 def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: str, command: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def _instructions(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.config.getoption("--no-bf16"):
         yield
         return
-    from studies import machine
+    from studies.training import machine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "has_bf16", lambda device: False)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from studies.ablations import MEASURES, Ablations, attention_change, find, main, measure
-from studies.ablations_report import page, words
+from studies.ablations import Ablations, find_ablations, main
+from studies.questions.ablations.judge import judge
+from studies.questions.ablations.measure import MEASURES, attention_change, measure
+from studies.questions.ablations.page import page
 from studies.results import RESULTS
 from studies.zoo import load
 from tests.small import uniform_attention
@@ -123,7 +125,7 @@ def test_pages_are_rendered_again_from_what_was_measured(zoo: Path, tmp_path: Pa
 
 
 def test_the_study_writes_a_page_that_names_every_change(zoo: Path, tmp_path: Path, capsys) -> None:
-    assert list(find("automaton", zoo)) == ["base", "injection", "still"]
+    assert list(find_ablations("automaton", zoo)) == ["base", "injection", "still"]
     assert main(Ablations(examples=6, zoo=zoo, results=tmp_path)) == 0
     text = (tmp_path / "ablations.md").read_text()
     saved = json.loads((tmp_path / "ablations-automaton" / "verdict.json").read_text())
@@ -135,7 +137,7 @@ def test_the_study_writes_a_page_that_names_every_change(zoo: Path, tmp_path: Pa
 
 
 def test_words_tell_what_leaves_the_range_of_the_bases_seeds() -> None:
-    told = words([row("base", 0.4, 0.6), row("injection", 0.9), row("all", 0.5), row("one", 0.1), row("four", None)])
+    told = judge([row("base", 0.4, 0.6), row("injection", 0.9), row("all", 0.5), row("one", 0.1), row("four", None)])
     assert told == ["In the base the share of states whose direction settles is 0.40 to 0.60 over 2 seeds. Higher than "
                     "that by at least 0.05: input injected at each loop (0.90); lower by as much: one looped layer "
                     "(0.10)."]
@@ -148,15 +150,15 @@ def row(change: str, *converged: float | None, growth: float | None = None) -> d
 @pytest.mark.parametrize(("value", "told"), [(0.6 + 4e-16, False), (0.61, False), (0.64, False), (0.65, True),
                                              (0.4 - 4e-16, False), (0.36, False), (0.35, True)])
 def test_a_change_within_the_smallest_effect_is_not_told(value: float, told: bool) -> None:
-    (sentence,) = words([row("base", 0.4, 0.6), row("injection", value)])
+    (sentence,) = judge([row("base", 0.4, 0.6), row("injection", value)])
     assert ("input injected" in sentence) == told
 
 
 def test_words_tell_whether_states_come_to_rest() -> None:
-    assert words([row("base", None, growth=1.0), row("all", None, growth=4.0)]) == [
+    assert judge([row("base", None, growth=1.0), row("all", None, growth=4.0)]) == [
         "From loop 8 to loop 32 the norm of the state grows by a factor of 1.0 to 4.0, by 1.1 or more in 1 of 2 "
         "variants; there no state comes to rest, and only its direction can settle."]
-    assert "in all 2 variants: no state" in words([row("base", None, growth=3.0), row("all", None, growth=4.0)])[0]
+    assert "in all 2 variants: no state" in judge([row("base", None, growth=3.0), row("all", None, growth=4.0)])[0]
 
 
 def test_bundled_pages_speak_of_no_contraction() -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
@@ -39,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def app(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.setenv("LOOPSCOPE_ZOO", str(folders[0]))
     monkeypatch.setenv("LOOPSCOPE_RESULTS", str(folders[1]))
-    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=600)
 
 
 def opened(app: AppTest, page: str, **query: str) -> AppTest:
@@ -158,6 +159,23 @@ def test_adaptive_looping_uses_fewer_loops(app: AppTest) -> None:
     app.slider(key="step").set_value(2).run()
     app.slider(key="steps").set_value(1).run()   # fewer steps than the one that was shown
     assert not healthy(app).slider(key="temperature").disabled
+
+
+def test_a_step_says_how_far_each_loop_moved_the_state(app: AppTest) -> None:
+    checkpoint = data.checkpoints()["automaton-loop"]
+    entry = data.load_entry(checkpoint)
+    batch = entry.task.sample(2, seed=0, split="test")
+    noised = batch.tokens.masked_fill(batch.free, entry.task.mask_token_id)
+    config = {"n_steps": 3, "order": "confidence", "n_loops": 4, "exit_threshold": None, "temperature": 0.0}
+    for step in compute.trace_of(checkpoint, compute.rows(noised), config, 0):
+        before = torch.from_numpy(step["before"])
+        layer = entry.model.config.n_head_layers + entry.model.config.n_loop_layers - 1
+        site = f"blocks.{layer}.hook_resid_post"
+        _, rec = entry.model.run_with_cache(before, 4, names_filter=site, t=float(step["t"]))
+        states = rec.stack(site)[:, before == entry.task.mask_token_id]
+        relative = (states.diff(dim=0).norm(dim=-1) / states[:-1].norm(dim=-1)).mean(1)
+        assert np.isnan(step["change"][0])
+        np.testing.assert_allclose(step["change"][1:], relative, rtol=1e-4)
 
 
 def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tuple[Path, Path]) -> None:

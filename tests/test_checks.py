@@ -13,8 +13,8 @@ import tyro
 from hooks import HookedLoopMDM
 from studies import zoo
 from studies.checks import at_least, noise_level
+from studies.questions.stages.operation import Setting
 from studies.rerun import Rerun
-from studies.rerun_operation import Setting
 from tests.small_zoo import make_zoo
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,14 +15,14 @@ from scipy import stats
 
 from hooks.model.diffusion import SamplerConfig, corrupt, nelbo, sample
 from probes.attention import patterns
-from studies import claims_measure
-from studies.claims_judge import Judgement, Quantity, judge, quantity
-from studies.claims_measure import Setting, first_crossing, loop_counts, measure
-from studies.compute import pool
+from studies.claims import pool
+from studies.questions.claims import measure as claims_measure
+from studies.questions.claims.judge import Judgement, Quantity, judge, quantity
+from studies.questions.claims.measure import SampleSizes, first_crossing, loop_counts, measure
 from studies.zoo import Entry, triplet
 from tests.small_zoo import make_zoo, with_curves
 
-SETTING = Setting(examples=12, few=6, batch=5, steps=(1, 2))
+SETTING = SampleSizes(examples=12, few=6, batch=5, steps=(1, 2))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from studies.claims_judge import (
+from studies.questions.claims.judge import (
     EQUAL_QUALITY,
     SMALLEST_NAT,
     Judgement,
@@ -21,7 +21,7 @@ from studies.claims_judge import (
     quantity,
     ratio_quantity,
 )
-from studies.claims_measure import _flops_ratio
+from studies.questions.claims.measure import _flops_ratio
 
 N_LOOPS = [1, 2, 4, 8, 16, 32]
 T = [round(0.1 * i, 1) for i in range(1, 11)]

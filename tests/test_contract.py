@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +26,9 @@ from probes import (
     read_lens,
     trajectory_pca,
 )
+from probes.cycles import Cycle
+from probes.stages import frozen_attention, head_distances, pattern_gram, signature
+from studies.examples.architectures import HuginnLike
 from tests.specimens import SPECIMENS, Mine, Specimen
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -202,6 +208,35 @@ def test_attention_where_it_can_be_had(specimen):
     np.testing.assert_allclose(np.diag(distance.frobenius), 0, atol=1e-6)
 
 
+def test_stages_of_any_model(specimen):
+    """Signatures, pattern distances and frozen attention, of the places that the model has."""
+    model, inputs, s = specimen.model, specimen.inputs, specimen.n_loops
+    cycle = Cycle(model.topology(s), tuple(model.topology(s).loop_depths()))
+    if not specimen.attention:
+        for measured in (partial(pattern_gram, model, inputs, cycle),
+                         partial(frozen_attention, model, inputs, cycle, after=0)):
+            with pytest.raises(Unavailable, match="attention="):
+                measured()
+        return
+    gram = pattern_gram(model, inputs, cycle, chunk=4)
+    whole = patterns(model, inputs, n_loops=s).isel(depth=list(chain.from_iterable(cycle.depths)))
+    norms = (whole ** 2).sum(("query", "key")).transpose("batch", "depth", "head").values
+    np.testing.assert_allclose(np.einsum("eaa->ea", gram.values), norms.reshape(len(norms), -1), rtol=1e-4)
+    assert head_distances(gram).max() <= 1 + 1e-6
+    answer = model(inputs, s).argmax(-1)
+    assert torch.equal(frozen_attention(model, inputs, cycle, after=s - 1, chunk=4), answer)
+    one_loop = Cycle(cycle.topology, cycle.depths[:1])
+    try:
+        found = signature(model, inputs, answer, one_loop, chunk=4)
+    except Unavailable:   # the model has no place for what attention or MLP add
+        return
+    update = found.sel(feature="update").isel(loop=0, layer=0)
+    before, after = model.run(inputs, s).states[cycle.depths[0][0]:][:2]
+    relative = ((after - before).norm(dim=-1) / before.norm(dim=-1)).detach().cpu()
+    scored = model.scored(inputs).cpu().float()
+    np.testing.assert_allclose(update, (relative * scored).sum(1) / scored.sum(1), rtol=1e-3)
+
+
 # ------------------------------------------------------------------------ refusals
 
 
@@ -212,6 +247,39 @@ def test_a_fused_kernel_makes_no_pattern_and_the_error_says_how_to_get_one():
                           intermediate_size=64, num_hidden_layers=2, attn_implementation="sdpa")
     with pytest.raises(Unavailable, match='attn_implementation="eager"'):
         adopt(AlbertForMaskedLM(config).eval()).attention(0)
+
+
+def test_a_layer_whose_attention_returns_no_pattern_says_how_to_get_one():
+    model = adopt(HuginnLike().eval())
+    with pytest.raises(Unavailable, match="a fused kernel makes none"):
+        attention_summary(model, torch.ones(2, 5, dtype=torch.long), n_loops=2)
+
+
+@torch.no_grad()
+def test_a_model_that_starts_at_random_starts_from_the_same_state_each_time():
+    model, tokens = adopt(HuginnLike().eval()), torch.arange(10).view(2, 5)
+    states, answer, context = model.run(tokens, 3)
+    torch.testing.assert_close(model(tokens, 3), answer)
+    assert not torch.equal(adopt(model.module, seed=1)(tokens, 3), answer)
+    index = torch.tensor([1, 0, 1])   # each row is given what its example was given
+    for d in range(len(states)):
+        torch.testing.assert_close(model.resume(d, states[d][index], context.rows(index)), answer[index])
+
+
+@torch.no_grad()
+def test_edits_in_force_take_part_in_what_is_run_by_hand(specimen):
+    model, inputs, s = specimen.model, specimen.inputs, specimen.n_loops
+    states, _, context = model.run(inputs, s)
+    site = model.site(1, n_loops=s)
+    other = states[2].flip(0)
+    with model.hooks(fwd_hooks=[patch(site, other)], n_loops=s):
+        edited = model.run(inputs, s)
+        torch.testing.assert_close(edited.states[2], other)
+        torch.testing.assert_close(model.apply(1, states[1], context), other)
+        if model.topology(s).depth > 2:   # what goes on from later states does not pass the site
+            torch.testing.assert_close(model.resume(2, states[2], context), model.read(states[-1], context),
+                                       atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(edited.logits, model.resume(2, other, context), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("given", "message"), [

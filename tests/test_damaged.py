@@ -15,9 +15,9 @@ from streamlit.testing.v1 import AppTest
 
 from app import data
 from app.show import MOST_PROBLEMS
-from studies.compute import Compute, find_groups, main, read_groups
+from studies.claims import Claims, main, read_groups
 from studies.results import RESULTS, list_results, read_results
-from studies.zoo import REQUIRED, listing, load, names, read_metrics, triplet, variants_of
+from studies.zoo import REQUIRED, find_groups, listing, load, names, read_metrics, triplet, variants_of
 from tests.small_zoo import make_zoo, with_curves
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,7 +277,7 @@ def test_the_claims_leave_out_entries_without_a_curve(tmp_path: Path) -> None:
     zoo = with_curves(make_zoo(tmp_path / "zoo"))
     halved(zoo / "automaton-deep" / "metrics.parquet")
     with pytest.warns(UserWarning, match=r"automaton-deep/metrics\.parquet"):
-        assert main(Compute(examples=4, few=3, pictures=False, zoo=zoo, results=tmp_path / "results")) == 0
+        assert main(Claims(examples=4, few=3, pictures=False, zoo=zoo, results=tmp_path / "results")) == 0
     assert [group.entries for group in read_groups(tmp_path / "results")] == [["automaton-loop", "automaton-twin"]]
 
 
@@ -339,7 +339,7 @@ def test_damaged_results_are_left_out_by_name(results: tuple[Path, dict[str, str
     found, problems = list_results(folder)
     assert found == [STUDIES[1]]
     assert {problem.file for problem in problems} == {folder / name / file for name, file in files.items()}
-    assert all("python studies/compute.py" in problem.reason for problem in problems)
+    assert all("python studies/claims.py" in problem.reason for problem in problems)
     for name, file in files.items():
         with pytest.raises((FileNotFoundError, ValueError), match=file):
             read_results(folder / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,13 +49,19 @@ def _no_gradients() -> Any:
 
 
 @pytest.mark.parametrize("make", [
-    lambda model, rec: patch("*.hook_resid_post", rec),
-    lambda model, rec: patch("*.hook_mlp_out@*", rec, at=[1, 4]),
+    lambda model, rec: patch("**.hook_resid_post", rec),
+    lambda model, rec: patch("**.hook_mlp_out@*", rec, at=[1, 4]),
     lambda model, rec: copy(f"{POST}@2", f"{POST}@2"),
-    lambda model, rec: steer("*.hook_resid_post", torch.zeros(16)),
-    lambda model, rec: steer("*.hook_resid_post", torch.ones(16), scale=0.0),
+    lambda model, rec: steer("**.hook_resid_post", torch.zeros(16)),
+    lambda model, rec: steer("**.hook_resid_post", torch.ones(16), scale=0.0),
     lambda model, rec: ablate(POST, at=slice(0, 0)),
     lambda model, rec: ablate(POST, "resample", at=torch.zeros(3, 9, dtype=torch.bool)),
+    lambda model, rec: ablate(POST, at=[]),
+    lambda model, rec: patch("*.hook_resid_post", {s: v + 1 for s, v in rec.items()}, at=torch.tensor([])),
+    lambda model, rec: steer(f"{POST}@2", torch.ones(16), at=()),
+    lambda model, rec: freeze(0, at=np.array([], dtype=int)),
+    lambda model, rec: skip_loop(2, at=[]),
+    lambda model, rec: skip_layer(1, 2, at=range(0)),
     lambda model, rec: repeat_loop(2, times=1),
     lambda model, rec: swap_loops(1, 3),
     lambda model, rec: swap_layers(1, 1, 2),
@@ -62,12 +69,37 @@ def _no_gradients() -> Any:
     lambda model, rec: swap_layers(1, 2, 2, at=torch.zeros(9, dtype=torch.bool)),
 ])
 def test_identities_hold_bit_for_bit(make: Callable[..., Edit], model: HookedLoopMDM, tokens: Tensor) -> None:
-    plain, rec = model.run_with_cache(tokens, N, names_filter=["*.hook_resid_post", "*.hook_mlp_out"])
-    assert torch.equal(run(model, tokens, make(model, rec)), plain)
+    plain, rec = model.run_with_cache(tokens, N, names_filter=["**.hook_resid_post", "**.hook_mlp_out"])
+    edited = make(model, rec)
+    if edited.name.startswith("freeze"):  # it asks for patterns, and a materialised one rounds otherwise
+        plain = model.run_with_hooks(tokens, N, fwd_hooks=[("**.attn.hook_pattern@*", lambda x, hook: None)])
+    assert torch.equal(run(model, tokens, edited), plain)
+
+
+@pytest.mark.parametrize("at", [[4, -1], (4, 8), range(4, 9, 4), np.array([4, 8]), torch.tensor([4, 8]).int(),
+                                [False, False, False, False, True, False, False, False, True]])
+def test_positions_may_be_written_in_many_ways(at: Any, model: HookedLoopMDM, tokens: Tensor) -> None:
+    vector = torch.ones(16)
+    assert torch.equal(run(model, tokens, steer(POST, vector, at=at)),
+                       run(model, tokens, steer(POST, vector, at=torch.tensor([4, 8]))))
+    assert torch.equal(run(model, tokens, steer(POST, vector, at=4)), run(model, tokens, steer(POST, vector, at=[4])))
+
+
+@pytest.mark.parametrize(("at", "message"), [
+    ([9], r"`at` chooses the positions \[9\], and this run has 9: 0\.\.8"),
+    ([0, -10], r"`at` chooses the positions \[0, -10\]"),
+    ([0.5], r"`at` chooses positions by a slice, whole numbers or booleans, not by \[0\.5\]"),
+    (torch.zeros(1, 2, 3, dtype=torch.long), r"whole numbers or booleans"),
+    (torch.zeros(0, dtype=torch.bool), r"one value for each of 9, not 0"),
+])
+def test_positions_that_are_not_there_are_refused(at: Any, message: str, model: HookedLoopMDM, tokens: Tensor) -> None:
+    for edited in (ablate(POST, at=at), skip_loop(2, at=at)):
+        with pytest.raises(ValueError, match=message):
+            run(model, tokens, edited)
 
 
 def test_freezing_from_the_last_loop_changes_nothing(model: HookedLoopMDM, tokens: Tensor) -> None:
-    asked_for = model.run_with_hooks(tokens, N, fwd_hooks=[("*.attn.hook_pattern@-1", lambda x, hook: None)])
+    asked_for = model.run_with_hooks(tokens, N, fwd_hooks=[("**.attn.hook_pattern@-1", lambda x, hook: None)])
     assert torch.equal(run(model, tokens, freeze(-1)), asked_for)
 
 
@@ -94,8 +126,8 @@ def test_patching_from_another_run_and_another_loop(model: HookedLoopMDM, tokens
 
 
 def test_patches_at_some_positions_are_those_of_torch_where(model: HookedLoopMDM, tokens: Tensor) -> None:
-    _, rec = model.run_with_cache(small_tokens(seed=4), N, names_filter="blocks.1.*")
-    _, own = model.run_with_cache(tokens, N, names_filter="blocks.1.*")
+    _, rec = model.run_with_cache(small_tokens(seed=4), N, names_filter="blocks.1.**")
+    _, own = model.run_with_cache(tokens, N, names_filter="blocks.1.**")
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.5
     for hook in ("hook_resid_post", "attn.hook_q", "attn.hook_pattern", "mlp.hook_post"):
         site = f"blocks.1.{hook}@2"
@@ -186,7 +218,7 @@ def test_steering_adds_the_vector_at_the_positions(model: HookedLoopMDM, tokens:
 
 
 def test_frozen_patterns_stay_and_values_go_on(model: HookedLoopMDM, tokens: Tensor) -> None:
-    names = ["*.attn.hook_pattern", "blocks.1.attn.hook_v"]
+    names = ["**.attn.hook_pattern", "blocks.1.attn.hook_v"]
     with edit(model, [freeze(1)], n_loops=N):
         _, rec = model.run_with_cache(tokens, N, names_filter=names)
     _, plain = model.run_with_cache(tokens, N, names_filter=names)
@@ -254,6 +286,8 @@ def test_gradients_flow_through_edits(model: HookedLoopMDM, tokens: Tensor) -> N
     ([steer(POST, torch.ones(16), at=torch.ones(9, 3, dtype=torch.bool))], ValueError, r"boolean and \[batch, pos\]"),
     ([freeze(7)], SiteError, "cannot fire"),
     ([freeze(1, "blocks.0.attn.hook_pattern")], SiteError, "runs once per forward"),
+    ([freeze((1, 0))], SiteError, r"looped over 1 cycle, and from_loop=\(1, 0\) names 2: give one number for each"),
+    ([skip_loop(1), freeze(1)], SiteError, "cannot be frozen from loop 1: an edit of this run skips it there"),
 ])
 def test_impossible_edits_are_refused(edits: list[Edit], kind: type[Exception], message: str, model: HookedLoopMDM,
                                       tokens: Tensor) -> None:
@@ -263,11 +297,12 @@ def test_impossible_edits_are_refused(edits: list[Edit], kind: type[Exception], 
     assert torch.equal(model(tokens, N), plain)
 
 
+@pytest.mark.unchecked
 def test_options_are_checked(model: HookedLoopMDM, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="how must be 'zero', 'mean' or 'resample', not 'noise'"):
         ablate(POST, "noise")  # type: ignore[arg-type]
     with pytest.raises(SiteError, match="the loops follow from from_loop; write"):
-        freeze(1, "*.attn.hook_pattern@2")
+        freeze(1, "**.attn.hook_pattern@2")
     with pytest.raises(ValueError, match="repeated at least once"):
         repeat_loop(1, 0)
     with pytest.raises(ValueError, match="the batch holds only one: give a larger batch, or a reference"):

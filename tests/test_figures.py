@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 from app.figures.attention import flow_curves, pattern_maps, summary_curves
-from app.figures.denoise import confidence_grid, step_costs
+from app.figures.denoise import confidence_grid, loop_changes, step_costs
 from app.figures.dynamics import class_grid, distance_grid, over_loops, trajectories
 from app.figures.grids import Look, Panel, mask_editor, token_grids, value_grids
 from app.figures.lens import COLOURS, lens_grid, region_curves
@@ -284,13 +284,20 @@ def test_sampler_figures(noised: torch.Tensor) -> None:
     names = ("before", "after", "predicted", "probability", "loops_used", "revealed")
     trace = [{name: getattr(step, name).numpy() for name in names} for step in steps]
     costs = step_costs(trace, {"revealed": np.array([0.2, 0.5, 1]), "right": np.array([0.1, 0.3, 0.6])}, current=1,
-                       bound=2)
+                       max_loops=2)
     assert list(costs.data[0].y) == [2, 2, 2]
     grid = confidence_grid(trace, REGIONS, "row", LOOK.position_names, n_tokens=MASK, current=0)
     visible = (noised[0] != MASK).numpy()
     assert np.isnan(grid.data[0].z[visible]).all()
     np.testing.assert_allclose(grid.data[0].z[~visible, 0], trace[0]["probability"][0][~visible])
     assert len(grid.data[1].x) == (~visible).sum()
+
+
+def test_a_loop_that_did_not_run_has_no_change() -> None:
+    trace = [{"change": np.array([np.nan, 0.5, 0.25])}, {"change": np.array([np.nan, 0.125])}]
+    figure = loop_changes(trace, current=1)
+    np.testing.assert_array_equal(figure.data[0].z, [[0.5, 0.125], [0.25, np.nan]])
+    np.testing.assert_array_equal(figure.data[0].y, [1, 2])
 
 
 def test_evidence_draws_every_interval() -> None:

@@ -1,157 +1,161 @@
-"""Models in float16 and bfloat16: finite and close to float32, and whole again when they are widened."""
+"""Every probe on float16 and bfloat16 models: what it says of the float32 model, up to the model's own rounding."""
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import Tensor
 
 from hooks import HookedLoopMDM
-from hooks.bridges.hf import LoopMDMForMaskedLM
-from hooks.model.diffusion import SamplerConfig, nelbo, sample
-from hooks.model.loopmdm import MASK_LOGIT
-from probes.lenses import LENSES, LensKind, read_lens
+from hooks.edits import freeze
+from probes import attention, geometry, linear, similarity, stages
+from probes.attention import attention_summary, pattern_distance, patterns
+from probes.cycles import own_loops
+from probes.geometry import (
+    classify_tokens,
+    contraction,
+    dynamics,
+    effective_rank,
+    fixed_point,
+    matrix_entropy,
+    trajectory_pca,
+)
+from probes.lenses import read_lens, reading
+from probes.linear import probe_latent, ridge_probes
+from probes.similarity import cka_between_depths, linear_cka
+from probes.stages import (
+    frozen_attention,
+    head_distances,
+    other_layer_distance,
+    pattern_gram,
+    same_layer_distance,
+    signature,
+    whole,
+)
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 
-HALVES = {torch.float16: 0.02, torch.bfloat16: 0.15}
-"""Precision, and how far from float32 a value in nats may be."""
+LOOPS = 8
+TOKENS = small_tokens(batch=24, seed=3)
+TRUTH = small_tokens(batch=24, seed=4).clamp(max=MASK - 1)
 
-CASTS: dict[str, Callable[[HookedLoopMDM, torch.dtype], HookedLoopMDM]] = {
-    "method": lambda model, dtype: model.half() if dtype == torch.float16 else model.bfloat16(),
-    "to": lambda model, dtype: model.to(dtype),
-    "to, with a device": lambda model, dtype: model.to("cpu", dtype),
-    "copy": lambda model, dtype: copy.deepcopy(model.to(dtype)),
-    "inside another module": lambda model, dtype: torch.nn.Sequential(model).to(dtype)[0],
+Result = xr.Dataset | xr.DataArray
+
+
+def residual(model: HookedLoopMDM) -> tuple[xr.DataArray, Any]:
+    with torch.no_grad():
+        _, rec = model.run_with_cache(TOKENS, LOOPS, names_filter="blocks.*.hook_resid_post")
+    return rec.residual_stream(), rec.topology
+
+
+def states(model: HookedLoopMDM) -> Tensor:
+    with torch.no_grad():
+        _, rec = model.run_with_cache(TOKENS, LOOPS, names_filter="blocks.2.hook_resid_post")
+    return rec.stack("blocks.2.hook_resid_post").flatten(1, 2)          # [loop, example, d_model], in the model's dtype
+
+
+def numbers(*values: Any) -> xr.Dataset:
+    return xr.Dataset({f"value_{i}": (tuple(f"axis_{i}_{j}" for j in range(np.ndim(v))), np.asarray(v))
+                       for i, v in enumerate(values)})
+
+
+PROBES: dict[str, Callable[[HookedLoopMDM], Result]] = {
+    "logit lens": lambda m: read_lens(m, TOKENS, n_loops=LOOPS, kind="logit", targets=TRUTH, top_k=3),
+    "coda lens": lambda m: read_lens(m, TOKENS, n_loops=LOOPS, kind="coda", targets=TRUTH),
+    "probe_latent": lambda m: probe_latent(m, TOKENS, TOKENS % 2, 2, n_loops=LOOPS, groups=torch.arange(9) % 2),
+    "ridge_probes": lambda m: ridge_probes(states(m), TOKENS.flatten() % 2, 2, train=torch.arange(216) % 3 > 0),
+    "dynamics": lambda m: dynamics(*residual(m), fixed_point=fixed_point(m, TOKENS, n_loops=24)),
+    "fixed_point": lambda m: fixed_point(m, TOKENS, n_loops=24),
+    "contraction": lambda m: contraction(dynamics(*residual(m), fixed_point=fixed_point(m, TOKENS, n_loops=24))
+                                         .distance_to_fixed_point, floor=0.2),
+    "classify_tokens": lambda m: classify_tokens(*residual(m), threshold=0.9),
+    "trajectory_pca": lambda m: trajectory_pca(residual(m)[0])[["explained_variance", "explained_variance_ratio"]],
+    "effective_rank": lambda m: effective_rank(residual(m)[0]),
+    "matrix_entropy": lambda m: matrix_entropy(residual(m)[0]),
+    "patterns": lambda m: patterns(m, TOKENS, n_loops=LOOPS),
+    "attention_summary": lambda m: attention_summary(m, TOKENS, n_loops=LOOPS),
+    "pattern_distance": lambda m: pattern_distance(m, TOKENS, n_loops=LOOPS),
+    "linear_cka": lambda m: linear_cka(states(m)[0], states(m)[-1]),
+    "cka_between_depths": lambda m: cka_between_depths(residual(m)[0]),
+    "signature": lambda m: signature(m, TOKENS, TRUTH, own_loops(m.topology(LOOPS))),
+    "signature of all layers": lambda m: signature(m, TOKENS, TRUTH, whole(m.config)),
+    "pattern_gram": lambda m: pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS))),
+    "head_distances": lambda m: head_distances(pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))),
+    "same_layer_distance": lambda m: numbers(same_layer_distance(head_distances(
+        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
+    "other_layer_distance": lambda m: numbers(other_layer_distance(head_distances(
+        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
+    "frozen_attention": lambda m: numbers(frozen_attention(m, TOKENS, own_loops(m.topology(LOOPS)), after=1)),
 }
 
-
-def clean_tokens() -> Tensor:
-    return small_tokens().masked_fill(small_tokens() == MASK, 2)
-
-
-def rounded(model: HookedLoopMDM, dtype: torch.dtype) -> HookedLoopMDM:
-    """A float32 model with weights as ``dtype`` rounds them, by hand."""
-    made = HookedLoopMDM(model.config)
-    made.load_state_dict({key: value.to(dtype).float() for key, value in model.state_dict().items()})
-    return made.eval()
+SHARES = {"probe_latent", "ridge_probes"}
+"""Probes that count right answers: a share of a few dozen examples moves by whole examples."""
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("kind", LENSES)
-def test_lenses_are_finite_and_close(variant: str, dtype: torch.dtype, kind: LensKind) -> None:
-    model, tokens = small_model(**VARIANTS[variant]), small_tokens()
-    whole = read_lens(model, tokens, n_loops=3, kind=kind, targets=clean_tokens(), t=0.5, top_k=7)
-    half = read_lens(copy.deepcopy(model).to(dtype), tokens, n_loops=3, kind=kind, targets=clean_tokens(), t=0.5,
-                     top_k=7)
-    for name in ("probability", "entropy", "kl_to_final", "nll", "target_probability", "top_probabilities"):
-        assert bool(half[name].notnull().all()), name
-        assert float(abs(half[name] - whole[name]).max()) < HALVES[dtype], name
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("cast", CASTS)
-def test_the_bound_and_the_sampler_however_a_model_was_narrowed(cast: str, dtype: torch.dtype) -> None:
-    model, tokens, t = small_model(), small_tokens(), torch.full((3,), 0.5)
-    half = CASTS[cast](copy.deepcopy(model), dtype)
+@pytest.fixture(scope="module", params=["plain", "everything"])
+def settling(request: pytest.FixtureRequest) -> HookedLoopMDM:
+    """A model that rounding does not send elsewhere: its blocks write a quarter of what random ones write."""
+    model = small_model(**VARIANTS[request.param])
     with torch.no_grad():
-        assert half(tokens, 3).dtype == dtype
-        near, exact = (nelbo(m(tokens, 3), clean_tokens(), tokens, t, MASK) for m in (half, model))
-    assert float(near) == pytest.approx(float(exact), abs=HALVES[dtype])
-    for order in ("ancestral", "confidence"):
-        for threshold in (None, 0.01):
-            config = SamplerConfig(n_steps=3, order=order, exit_threshold=threshold)
-            trace = sample(half, tokens, config, generator=torch.Generator().manual_seed(0))
-            assert all(step.probability.isfinite().all() for step in trace)
-            assert not (trace[-1].after == MASK).any()
+        for block in model.blocks:
+            block.attn.out.weight *= 0.25
+            block.mlp.down.weight *= 0.25
+    return model
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("variant", ["plain", "both", "everything"])
-def test_a_model_that_was_narrowed_and_widened_is_whole_but_for_its_weights(variant: str, dtype: torch.dtype) -> None:
-    model, tokens = small_model(**VARIANTS[variant]), small_tokens()
-    expected = rounded(model, dtype)
-    narrow = copy.deepcopy(model).to(dtype)
-    narrow(tokens, 3, t=0.5)
-    for widened in (copy.deepcopy(narrow).float(), copy.deepcopy(narrow).to("cpu", torch.float32),
-                    copy.deepcopy(narrow).double().float()):
-        assert torch.equal(widened.mask_bias, expected.mask_bias)
-        assert torch.equal(widened(tokens, 3, t=0.5), expected(tokens, 3, t=0.5))
-        lens = read_lens(widened, tokens, n_loops=3, t=0.5)
-        assert lens.equals(read_lens(expected, tokens, n_loops=3, t=0.5))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(PROBES))
+def test_probes_agree_with_the_model_in_single_precision(name: str, dtype: torch.dtype,
+                                                         settling: HookedLoopMDM) -> None:
+    rounding = float(torch.finfo(dtype).eps)
+    full = _variables(PROBES[name](settling))
+    rounded = small_model(**_choices(settling)).eval()
+    rounded.load_state_dict(settling.state_dict())
+    half = _variables(PROBES[name](rounded.to(dtype)))
+    assert half.keys() == full.keys()
+    for key, value in half.items():
+        expected = full[key]
+        assert (np.isfinite(value) == np.isfinite(expected)).all(), key
+        if value.dtype.kind in "iub":  # values that jump: how many agree?
+            assert (value == expected).mean() > 0.9, key
+            continue
+        assert value.dtype.kind == "f"
+        assert value.dtype.itemsize >= 4, key  # a measurement is never held in half precision
+        apart = np.abs(value - expected)[np.isfinite(expected)]
+        size = np.abs(expected)[np.isfinite(expected)]
+        allowed = 0.05 if name in SHARES else 12 * rounding * max(float(np.sqrt((size ** 2).mean())), 1.0)
+        assert np.sqrt((apart ** 2).mean()) <= allowed, (key, apart.max())
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_saving_and_loading_a_narrow_model(dtype: torch.dtype, tmp_path) -> None:
-    model, tokens = small_model(), small_tokens()
-    copy.deepcopy(model).to(dtype).save_pretrained(tmp_path)
-    loaded = HookedLoopMDM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(tokens, 3), rounded(model, dtype)(tokens, 3))
-    for asked in (dtype, str(dtype).removeprefix("torch.")):
-        wrapped = LoopMDMForMaskedLM.from_pretrained(tmp_path, dtype=asked)
-        logits = wrapped(tokens).logits
-        assert logits.dtype == dtype
-        assert logits.isfinite().all()
-        assert torch.equal(wrapped.float().model(tokens, 3), loaded(tokens, 3))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distances_of_equal_patterns_are_zero_in_every_precision(dtype: torch.dtype) -> None:
+    model = small_model().to(dtype)
+    with model.hooks([freeze(0)], n_loops=4):
+        distance = head_distances(pattern_gram(model, TOKENS, own_loops(model.topology(4))))
+    same_layer = distance.layer.values[:, None] == distance.layer.values[None]
+    assert distance.values[:, same_layer].max() < 1e-3
+    assert distance.values[:, ~same_layer].min() > 0.01
 
 
-def test_an_unknown_precision_is_refused(tmp_path) -> None:
-    small_model().save_pretrained(tmp_path)
-    for wrong in ("float17", "auto", "nn", 16):
-        with pytest.raises(ValueError, match=f"dtype must be a floating-point torch.dtype or its name, not {wrong!r}"):
-            LoopMDMForMaskedLM.from_pretrained(tmp_path, dtype=wrong)
+def test_every_public_probe_is_here() -> None:
+    measured = {"model", "residual", "x", "features", "gram", "distance", "distances"}
+    probes = {
+        name for module in (attention, geometry, linear, similarity, stages, reading)
+        for name, fn in inspect.getmembers(module, inspect.isfunction)
+        if fn.__module__ == module.__name__ and not name.startswith("_")
+        and measured & set(inspect.signature(fn).parameters)}
+    assert probes <= {*PROBES, "read_lens"}
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_every_site_is_finite_in_half_precision(dtype: torch.dtype) -> None:
-    for changes in ({}, {"norm": "layer"}, {"qk_norm": False}):
-        model = small_model(**changes)
-        with torch.no_grad():
-            model.embed.weight *= 300   # its squares are beyond float16
-        _, rec = model.to(dtype).run_with_cache(small_tokens(), 2, names_filter="*")
-        assert all(value.isfinite().all() for value in rec.values())
-        assert model.forward_adaptive(small_tokens(), threshold=0.1).logits.isfinite().all()
+def _choices(model: HookedLoopMDM) -> dict[str, Any]:
+    return VARIANTS["everything"] if model.config.conditioned else {}
 
 
-def test_autocast_to_float16_keeps_the_lens_finite() -> None:
-    model, tokens = small_model(), small_tokens()
-    with torch.autocast("cpu", torch.float16):
-        lens = read_lens(model, tokens, n_loops=2)
-    assert all(bool(values.notnull().all()) for values in lens.values())
-
-
-def test_the_masks_logit_is_exact_in_every_precision_and_its_probability_zero() -> None:
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        logit = torch.tensor(MASK_LOGIT, dtype=dtype)
-        assert float(logit) == MASK_LOGIT
-        assert float(logit.double().exp()) == 0
-
-
-def test_the_mask_is_not_drawn_at_any_temperature() -> None:
-    tokens = torch.full((64, 9), MASK)
-    trace = sample(small_model(), tokens, SamplerConfig(n_steps=1, temperature=1e8),
-                   generator=torch.Generator().manual_seed(0))
-    assert not (trace[-1].after == MASK).any()
-
-
-def test_an_unrolled_bridge_is_narrowed_and_widened_with_its_model() -> None:
-    model, tokens = small_model(), small_tokens()
-    expected = rounded(model, torch.float16)
-    bridge = model.unroll(3)
-    bridge.half()
-    assert bridge(tokens).isfinite().all()
-    bridge.float()
-    torch.testing.assert_close(bridge(tokens), expected(tokens, 3))
-
-
-def test_a_model_first_run_in_inference_mode_can_be_trained() -> None:
-    model = small_model()
-    for dtype in (torch.float32, torch.float16, torch.float32):
-        model.to(dtype)
-        with torch.inference_mode():
-            model(small_tokens(), 2)
-    model(small_tokens(), 2)[..., 0].sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.blocks.parameters())
+def _variables(result: Result) -> dict[str, np.ndarray]:
+    arrays = dict(result.data_vars) if isinstance(result, xr.Dataset) else {"value": result}
+    return {str(name): array.to_numpy() for name, array in arrays.items()}

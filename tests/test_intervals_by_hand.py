@@ -10,8 +10,8 @@ from scipy import stats
 from torch import Tensor
 
 from probes import probe_latent, ridge_probes
-from probes.stages import bootstrap
-from studies.claims_judge import quantity
+from probes.intervals import bootstrap
+from studies.questions.claims.judge import quantity
 from tests.small import MASK, small_model
 
 

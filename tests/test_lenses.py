@@ -131,7 +131,8 @@ def test_results_carry_axes_roles_units_and_source_and_the_model_is_left_clean()
     ({"top_k": 8}, "top_k must be between 1 and the vocabulary's 7, not 8"),
     ({"targets": torch.full((3, 9), MASK)}, r"targets must be clean tokens: ids in 0..6 other than the mask \(6\)"),
     ({"targets": torch.full((3, 9), -1)}, "targets must be clean tokens"),
-    ({"targets": torch.zeros(3, 8, dtype=torch.long)}, r"targets have shape \(3, 8\), the noised tokens \(3, 9\)"),
+    ({"targets": torch.zeros(3, 8, dtype=torch.long)},
+     r"targets have shape \(3, 8\), the answer is \[batch, pos\] = \(3, 9\)"),
     ({"final": torch.zeros(3, 9, 5)}, r"final must hold logits \[batch, pos, vocab\] = \(3, 9, 7\)"),
 ])
 def test_what_cannot_be_read_is_refused(options: dict[str, Any], message: str) -> None:

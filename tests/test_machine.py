@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sysconfig
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from studies import machine, presets, pretrain
-from studies.machine import fastest, has_bf16, missing_for_compile
-from studies.presets import PRESETS, Preset
+from studies import pretrain
 from studies.tasks import Automaton
-from studies.training_step import TrainingStep
+from studies.training import machine, presets
+from studies.training.machine import fastest, has_bf16, missing_for_compile
+from studies.training.presets import PRESETS, Preset
+from studies.training.step import TrainingStep
 from tests.small import small_model
 
 TINY = Preset(Automaton(rule=90, width=5, rows=3), steps=2, time="no time", kinds=("loop", "twin"),
@@ -109,7 +111,7 @@ def test_a_machine_without_either_trains_in_float32_uncompiled_and_says_so_once(
 
 def test_a_machine_with_both_says_nothing_and_the_card_names_what_was_asked(monkeypatch, tmp_path, capsys) -> None:
     lacking(monkeypatch, bf16=True, compiler=True)
-    monkeypatch.setattr("studies.training.TrainingStep", lambda *args, **options: TrainingStep(
+    monkeypatch.setattr("studies.training.run.TrainingStep", lambda *args, **options: TrainingStep(
         *args, **{**options, "compile": False}))    # which is tested elsewhere, and needs the compiler
     cards = run(monkeypatch, tmp_path)
     assert "bfloat16" not in (said := capsys.readouterr().out)
@@ -118,6 +120,18 @@ def test_a_machine_with_both_says_nothing_and_the_card_names_what_was_asked(monk
         assert (card["training"]["precision"], card["training"]["compile"]) == ("bf16", True)
         assert "--precision" not in card["command"]
         assert "--compile" not in card["command"]
+
+
+def test_what_a_preset_fixes_is_no_lack_of_the_machine(monkeypatch, tmp_path, capsys) -> None:
+    lacking(monkeypatch, bf16=False, compiler=False)
+    fixed = {**TINY.train, "precision": "fp32", "compile": False}
+    monkeypatch.setattr("tests.test_machine.TINY", dataclasses.replace(TINY, train=fixed))
+    cards = run(monkeypatch, tmp_path)
+    assert not any(word in capsys.readouterr().out for word in ("bfloat16", "compile"))
+    assert all("--precision" not in card["command"] and "--compile" not in card["command"] for card in cards.values())
+    for name, preset in PRESETS.items():
+        config = preset.train_config("loop", 0)
+        assert (config.precision, config.compile) == ("fp32", False), name
 
 
 def test_bfloat16_by_name_works_without_instructions_and_says_that_it_is_slow(monkeypatch, tmp_path, capsys) -> None:
@@ -129,7 +143,7 @@ def test_bfloat16_by_name_works_without_instructions_and_says_that_it_is_slow(mo
 
 
 def test_compiling_by_name_without_a_compiler_is_refused_before_the_training(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("studies.training_step.missing_for_compile", lambda device: "there is no C++ compiler g++")
+    monkeypatch.setattr("studies.training.step.missing_for_compile", lambda device: "there is no C++ compiler g++")
     with pytest.raises(RuntimeError, match=r"there is no C\+\+ compiler g\+\+: install it, or train with compile off"):
         run(monkeypatch, tmp_path, compile=True)
     with pytest.raises(RuntimeError, match="train with compile off"):

@@ -88,7 +88,7 @@ def test_sites_of_what_is_skipped_are_refused_before_the_run(model: HookedLoopMD
     with edit(model, [skip_loop(2), skip_layer(1, 3)], n_loops=N):
         runs = model.clock.runs
         for site in (f"{POST}@2", "hook_loop_in@2", "blocks.1.hook_resid_post@3"):
-            with pytest.raises(SiteError, match=r"cannot fire: an edit of this run skips it\. Name a site that still"):
+            with pytest.raises(SiteError, match=r"cannot fire: this run does not come to it, because an edit skips"):
                 model.run_with_cache(tokens, N, names_filter=site)
         assert model.clock.runs == runs
         logits, rec = model.run_with_cache(tokens, N)

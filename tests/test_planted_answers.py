@@ -20,9 +20,11 @@ from torch import Tensor
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from probes import stages
-from probes.stages import Interval
-from studies import rerun_content, rerun_operation
-from studies.rerun_operation import Operation, Setting
+from probes.cycles import own_loops
+from probes.intervals import Interval, bootstrap
+from studies.questions.stages import content as content_half
+from studies.questions.stages import operation as operation_half
+from studies.questions.stages.operation import Operation, Setting
 from studies.tasks import Automaton
 from studies.tasks.contract import Latent
 from studies.zoo import Entry
@@ -76,7 +78,7 @@ def setting() -> Setting:
 
 @pytest.fixture(scope="module")
 def content(setting: Setting) -> Operation:
-    return rerun_content.measure(setting)
+    return content_half.measure(setting)
 
 
 def zeros_by_row(setting: Setting) -> np.ndarray:
@@ -132,7 +134,7 @@ class Chance(Automaton):
 
 
 def test_labels_that_are_chance_are_read_at_chance() -> None:
-    """A wide and very non-linear model tells examples apart: a probe fitted on held-out ones would know their labels."""
+    """A wide, very non-linear model tells examples apart: a probe fitted on held-out ones would know their labels."""
     task = Chance(rule=110, width=12, rows=2)
     loop = small_model(vocab_size=3, mask_token_id=2, max_seq_len=task.seq_len, d_model=128, d_mlp=256, n_heads=8,
                        max_loops=2)
@@ -141,7 +143,7 @@ def test_labels_that_are_chance_are_read_at_chance() -> None:
             for part in (block.attn.out, block.mlp.up, block.mlp.down):
                 part.weight.mul_(6)
     setting = Setting.draw(triplet(loop, task), n_examples=80, t=1.0, seed=0, n_untrained=2)
-    accuracy = rerun_content.measure(setting).datasets["probe_by_region"].accuracy_loop.sel(region=1)
+    accuracy = content_half.measure(setting).datasets["probe_by_region"].accuracy_loop.sel(region=1)
     assert abs(float(accuracy.mean()) - 0.5) < 0.1, accuracy.values   # 0.67 if they are fitted on the held-out split
 
 
@@ -162,7 +164,7 @@ def test_frozen_attention_keeps_the_patterns_of_the_loop_it_names(after: int) ->
     model = small_model(2, vocab_size=40)
     model.unembed_bias.data.zero_()
     noised = torch.randint(0, 40, (16, 10), generator=torch.Generator().manual_seed(1))
-    cycle = stages.loop_cycle(model.config, n_loops=4)
+    cycle = own_loops(model.topology(4))
     expected = {k: frozen_by_hand(model, noised, 4, k) for k in range(4)}
     assert all(not torch.equal(expected[k], expected[after]) for k in range(4) if k != after)
     assert torch.equal(stages.frozen_attention(model, noised, cycle, after=after), expected[after])
@@ -175,12 +177,12 @@ def test_the_study_freezes_after_the_loop_it_names() -> None:
     with torch.no_grad():   # both answers alike probable, so that what attention brings decides
         logits = loop(setting.noised, S_MAX, t=0.5)
         loop.unembed_bias[1] -= (logits[..., 1] - logits[..., 0])[setting.noised == 2].median()
-    found = rerun_operation.measure(setting)
+    found = operation_half.measure(setting)
     free = setting.batch.free
     right = [(((frozen_by_hand(loop, setting.noised, S_MAX, after, 0.5) == setting.batch.tokens) & free).sum(1)
               / free.sum(1)).numpy() for after in range(S_MAX)]
     assert len({float(share.mean()) for share in right}) == S_MAX, "freezing earlier or later is not the same here"
     curve = found.datasets["frozen_attention"].accuracy_loop
     np.testing.assert_allclose(curve, [share.mean() for share in right], atol=1e-6)
-    assert found.value("frozen", "loop") == stages.bootstrap(np.mean, right[1], seed=0)
-    assert found.value("lost", "loop") == stages.bootstrap(np.mean, right[2] - right[1], seed=0)
+    assert found.value("frozen", "loop") == bootstrap(np.mean, right[1], seed=0)
+    assert found.value("lost", "loop") == bootstrap(np.mean, right[2] - right[1], seed=0)

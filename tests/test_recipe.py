@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import antithetic_t, corrupt, corrupt_exactly, exact_t, nelbo
-from studies.flops import training_flops
 from studies.tasks import Automaton
-from studies.training import TrainConfig, TrainingRun, train
-from studies.training_draws import loop_weights, rate
-from studies.training_eval import held_out, idle_loops, loop_counts
-from studies.training_step import Share
+from studies.training.draws import loop_weights, rate
+from studies.training.evaluation import doubled_loops, held_out, idle_loops
+from studies.training.flops import training_flops
+from studies.training.run import TrainConfig, TrainingRun, train
+from studies.training.step import World
 from tests.small import small_model
 
 TASK = Automaton(rule=90, width=5, rows=3)
@@ -106,7 +106,7 @@ class ByHand:
 ], ids=["default", "growth", "bell", "rates", "twin"])
 def test_steps_equal_steps_written_by_hand(tmp_path, options):
     config = recipe(tmp_path, **options)
-    run, hand = TrainingRun(config, Share()), ByHand(config)
+    run, hand = TrainingRun(config, World()), ByHand(config)
     while run.flops < config.budget_flops:
         run.step_once()
         hand.advance()
@@ -165,7 +165,7 @@ def test_warm_up_stable_decay_is_flat_until_it_decays():
 def test_held_out_bounds_are_the_models_own(tmp_path):
     model = small_model(vocab_size=3, mask_token_id=2, max_seq_len=15, max_loops=6)
     row = held_out(model, TASK, examples=12)
-    assert loop_counts(6) == [1, 2, 4, 6]
+    assert doubled_loops(6) == [1, 2, 4, 6]
     assert {key for key in row if key.startswith("nelbo")} == {
         "nelbo", "nelbo@1", "nelbo@2", "nelbo@4", "nelbo@6", "nelbo_line@4", "nelbo_line@6"}
     batch = TASK.sample(12, seed=0, split="test")

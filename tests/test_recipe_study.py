@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from studies import recipe
-from studies.presets import PRESETS
-from studies.recipe import CHANGES, Recipe, configure, main
-from studies.recipe_report import Difference, differences, page
+from studies.questions.recipe.judge import Difference, differences
+from studies.questions.recipe.measure import CHANGES, configure
+from studies.questions.recipe.page import page
+from studies.recipe import Recipe, main
 from studies.tasks import Automaton
+from studies.training.presets import PRESETS
 
 NAMES = {change: what for change, (what, _) in CHANGES.items()}
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM
-from probes.stages import Interval, NotDefined, Spread
-from studies import readme, rerun, rerun_verdict, zoo
-from studies.rerun_operation import Operation, Setting
+from probes.cycles import own_loops
+from probes.intervals import Interval, NotDefined, Spread
+from studies import readme, rerun, zoo
+from studies.questions.stages import judge as rerun_verdict
+from studies.questions.stages.operation import Operation, Setting
 from studies.results import read_results, write_results
-from studies.training import train
+from studies.training.run import train
 from tests.small import uniform_attention
 from tests.test_training import tiny
 
@@ -120,7 +122,7 @@ def test_the_untrained_column_is_the_spread_of_initialisations(triplets, tmp_pat
         model = HookedLoopMDM(entry.model.config)
         model.reset_parameters(torch.Generator().manual_seed(seed))
         distances = stages.head_distances(stages.pattern_gram(
-            model, noised, stages.loop_cycle(model.config, verdict["setting"]["n_loops"]), t=1.0))
+            model, noised, own_loops(model.topology(verdict["setting"]["n_loops"])), t=1.0))
         ratios.append(stages.same_layer_distance(distances).mean() / stages.other_layer_distance(distances).mean())
     assert row["untrained"]["each"] == pytest.approx(ratios)
     assert row["untrained"] == {"value": pytest.approx(np.mean(ratios)), "low": min(row["untrained"]["each"]),
@@ -247,7 +249,7 @@ def test_a_sparse_mask_leaves_no_gaps_in_the_numbers(triplets, tmp_path):
 def test_a_verdict_without_a_number_is_not_written(tmp_path, bad):
     verdict = {"table": [{"loop": {"value": 1.0}}, {"loop": {"value": bad}}], "ends": (0.0, bad)}
     with pytest.raises(ValueError, match=r"at table\[1\]\.loop\.value, ends\[1\]"):
-        write_results(tmp_path / "study", verdict=verdict, datasets={}, html="")
+        write_results(tmp_path / "study", study="stages", verdict=verdict, datasets={}, html="")
     assert not list(tmp_path.iterdir())
 
 
@@ -262,6 +264,7 @@ def test_results_folders_appear_whole_or_not_at_all(triplets, tmp_path, monkeypa
     with pytest.raises(OSError, match="disk full"):
         ask(triplets, tmp_path, variants=("",), seed=1)
     assert (tmp_path / "rerun-automaton" / "verdict.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["rerun-automaton"]
 
 
 def test_the_bundled_verdict_is_the_issue_of_the_bundled_models():

@@ -57,7 +57,7 @@ def hrm_by_hand(model, ids) -> dict[str, torch.Tensor]:
 def test_hrm_text_equals_its_modules_run_by_hand(hrm):
     model, ids = hrm, tokens()
     expected = hrm_by_hand(model, ids)
-    with watch(model, ["*_module.layers.?.hook_out", "model.?_module.hook_out"]) as rec:  # schedule from the config
+    with watch(model, ["model.*_module.layers.?.hook_out", "model.?_module.hook_out"]) as rec:  # known from config
         model(ids)
     assert set(rec) == set(expected)
     assert len({float(value.double().sum()) for value in expected.values()}) == len(expected)  # no two alike
@@ -88,7 +88,7 @@ def test_a_transformer_lens_bridge_over_hrm_text(hrm):
 
     ids, model = tokens(), copy.deepcopy(hrm)
     model.set_attn_implementation("eager")  # as the bridge computes it
-    with watch(model, "*_module.layers.?.hook_out") as expected:
+    with watch(model, "model.*_module.layers.?.hook_out") as expected:
         model(ids)
     bridge = build_bridge_from_module(model, "HrmTextForCausalLM", hf_config=model.config)
     with watch(bridge, ["*_blocks.*.hook_resid_post", "L_blocks.0.attn.hook_q"]) as rec:
@@ -140,7 +140,7 @@ def test_albert_equals_its_modules_run_by_hand(layers, groups):
         ran[group] += 1
     assert sum(ran) == layers
     assert set(ran) != {1}
-    with watch(model, "*.albert_layers.?.hook_out") as rec:
+    with watch(model, "**.albert_layers.?.hook_out") as rec:
         model(ids)
     assert set(rec) == set(expected)
     for site, value in expected.items():

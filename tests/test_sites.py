@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hooks import Site, SiteError, SiteSpace, Topology
-from hooks.sites import split
+from hooks.sites import glob, split
 
 SPACE = SiteSpace({"hook_embed": (), "blocks.0.hook_resid_post": (), "blocks.1.hook_resid_post": (("", 8),),
                    "blocks.2.hook_resid_post": (("", 8),), "L.1.hook_out": (("h", 2), ("l", 3))})
@@ -30,6 +32,42 @@ def test_globs_cover_looped_and_unlooped_names() -> None:
     assert len(names(None)) == len(SPACE.all()) == 1 + 1 + 8 + 8 + 6
 
 
+@pytest.mark.parametrize(("pattern", "accepted", "refused"), [
+    ("layers.*.hook_out", ["layers.0.hook_out", "layers.12.hook_out"], ["layers.0.attn.hook_out", "layers.hook_out"]),
+    ("layers.?.hook_out", ["layers.0.hook_out"], ["layers...hook_out", "layers.12.hook_out"]),
+    ("layers.[!0-1].hook_out", ["layers.2.hook_out"], ["layers.1.hook_out", "layers...hook_out"]),
+    ("**.hook_out", ["hook_out", "core.hook_out", "core.0.attn.hook_out"], ["core.unhook_out", "core.hook_in"]),
+    ("core.**", ["core.hook_in", "core.0.attn.hook_out"], ["core", "score.hook_in", "prelude.core.hook_in"]),
+    ("core.**.attn.hook_out", ["core.attn.hook_out", "core.0.1.attn.hook_out"], ["core.0.attn.q.hook_out"]),
+    ("**", ["hook_in", "core.0.hook_in"], []),
+    ("*", ["hook_in"], ["core.0.hook_in"]),
+    ("h**_out", ["hook_out", "h.0.hook_out"], ["core.hook_out"]),
+    ("a+b.(c).hook_out", ["a+b.(c).hook_out"], ["aab.c.hook_out"]),
+])
+def test_one_star_stays_inside_a_part_and_two_cross_parts(pattern: str, accepted: list[str],
+                                                          refused: list[str]) -> None:
+    assert [name for name in (*accepted, *refused) if glob(pattern)(name)] == accepted
+
+
+def test_what_runs_once_may_be_a_loop_of_one_where_that_is_not_known() -> None:
+    space = SiteSpace({"block.hook_out": (), "core.hook_out": (("", 2),)}, guessed=True)
+    for at in ("0", "-1", "*"):
+        assert [str(site) for site in space.resolve(f"block.hook_out@{at}")] == ["block.hook_out"]
+    assert [str(site) for site in space.resolve("*.hook_out@0")] == ["core.hook_out@0"]
+    with pytest.raises(SiteError, match="runs once per forward and takes no '@1'"):
+        space.resolve("block.hook_out@1")
+
+
+def test_aliases_stand_for_the_names_that_they_name() -> None:
+    space = SiteSpace({"layers.0.hook_out": (("", 2),), "norm.hook_out": ()},
+                      aliases={"layers.1.hook_out": "layers.0.hook_out", "tied.norm.hook_out": "norm.hook_out"})
+    assert str(space.one("layers.1.hook_out@-1")) == "layers.0.hook_out@1"
+    assert [str(site) for site in space.resolve("layers.*.hook_out@0")] == ["layers.0.hook_out@0"]
+    assert [str(site) for site in space.resolve(["tied.**", "layers.1.hook_out@1"])] == [
+        "layers.0.hook_out@1", "norm.hook_out"]
+    assert len(space.all()) == 3
+
+
 def test_several_patterns_give_each_site_once_in_the_order_of_the_space() -> None:
     assert names(["blocks.1.hook_resid_post@1", "hook_embed", "blocks.1.*@0:2"]) == [
         "hook_embed", "blocks.1.hook_resid_post@0", "blocks.1.hook_resid_post@1"]
@@ -39,6 +77,19 @@ def test_predicates_see_names_without_loops() -> None:
     seen: list[str] = []
     assert len(SPACE.resolve(lambda name: not seen.append(name) and name.startswith("blocks.1"))) == 8
     assert seen == list(SPACE.names)
+
+
+def test_compiled_regular_expressions_are_searched_for_in_names_without_loops() -> None:
+    assert names(re.compile(r"blocks\.[12]\..*post$")) == names("blocks.[12].hook_resid_post")
+    assert names(re.compile("resid")) == names("*resid*")
+    assert names([re.compile("EMBED", re.IGNORECASE), "blocks.1.hook_resid_post@2"]) == [
+        "hook_embed", "blocks.1.hook_resid_post@2"]
+    with pytest.raises(SiteError, match=r"re\.compile\('resid_mid'\) is found in none of the sites of this run"):
+        names(re.compile("resid_mid"))
+    with pytest.raises(SiteError, match=r"\(names have no loops: choose those with a glob, 'name@3'\) is found"):
+        names(re.compile(r"blocks\.1\.hook_resid_post@2"))
+    with pytest.raises(SiteError, match=r"A site is a string such as"):
+        names([re.compile(b"resid")])
 
 
 def test_nested_cycles_have_two_indices() -> None:
@@ -53,6 +104,9 @@ def test_nested_cycles_have_two_indices() -> None:
     ("blocks.1.hook_resid_post@-9", "cannot fire"),
     ("blocks.1.hook_resid_pots", "No site is called 'blocks.1.hook_resid_pots'. Nearest: 'blocks.1.hook_resid_post'"),
     ("hook_embed@0", "'hook_embed' runs once per forward and takes no '@0': write 'hook_embed'"),
+    ("*.hook_resid_post", "A '*' stays inside one dotted part: '**.hook_resid_post' crosses parts. Nearest: 'blocks"),
+    ("blocks.*", "A '*' stays inside one dotted part: 'blocks.**' crosses parts."),
+    ("blocks.?hook_resid_post", "No site is called 'blocks.?hook_resid_post'. Nearest: 'blocks."),
     ("blocks.1.hook_resid_post@", "ends in '@': write a loop number after it"),
     ("blocks.1.hook_resid_post@x", "'x' is not a loop; write a number"),
     ("L.1.hook_out@3", "L.1.hook_out is looped over 2 cycles; write '@h0.l0'"),

@@ -8,7 +8,8 @@ import torch
 from scipy.stats import f_oneway
 
 from probes import stages
-from probes.stages import NotDefinedError, Spread
+from probes.cycles import own_loops, pseudo_loops
+from probes.intervals import NotDefinedError, Spread, bootstrap
 from tests.small import MASK, small_config, small_model, small_tokens, uniform_attention
 
 
@@ -19,19 +20,19 @@ def tokens_and_truth(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_cycles_name_the_layers_that_run():
-    loop = stages.loop_cycle(small_config(n_loop_layers=2), n_loops=3)
+    loop = own_loops(small_config(n_loop_layers=2).topology(3))
     assert loop.depths == ((1, 2), (3, 4), (5, 6))
     assert loop.sites("hook_resid_post")[3] == "blocks.2.hook_resid_post@1"
     deep = small_config(n_loop_layers=5, max_loops=1)
-    assert stages.pseudo_cycle(deep, 2).depths == ((1, 2), (3, 4))
-    assert stages.pseudo_cycle(deep, 2, offset=1).depths == ((2, 3), (4, 5))
+    assert pseudo_loops(deep.topology(1), 2).depths == ((1, 2), (3, 4))
+    assert pseudo_loops(deep.topology(1), 2, offset=1).depths == ((2, 3), (4, 5))
     with pytest.raises(ValueError, match="the control needs at least two"):
-        stages.pseudo_cycle(deep, 3)
+        pseudo_loops(deep.topology(1), 3)
 
 
 def test_signature_equals_the_definitions_computed_by_hand():
     model, (noised, truth) = small_model(), tokens_and_truth(3)
-    cycle = stages.loop_cycle(model.config, n_loops=2)
+    cycle = own_loops(model.topology(2))
     array = stages.signature(model, noised, truth, cycle, chunk=2)
     _, rec = model.run_with_cache(noised, 2)
     example, k, layer = 1, 1, 2
@@ -84,7 +85,7 @@ def test_profile_correlation_is_one_for_rescaled_profiles_and_near_zero_for_nois
 
 def test_gram_and_distances_equal_a_naive_computation():
     model, (noised, _) = small_model(), tokens_and_truth(3)
-    cycle = stages.loop_cycle(model.config, n_loops=2)
+    cycle = own_loops(model.topology(2))
     gram = stages.pattern_gram(model, noised, cycle, chunk=2)
     _, rec = model.run_with_cache(noised, 2, names_filter="blocks.*.attn.hook_pattern")
     a, b = rec["blocks.1.attn.hook_pattern@0"][2, 1], rec["blocks.2.attn.hook_pattern@1"][2, 0]
@@ -111,11 +112,11 @@ def test_a_model_that_repeats_exactly_has_ratio_zero_and_shuffled_layers_ratio_o
         block.attn.out.weight.data.zero_()
         block.mlp.down.weight.data.zero_()
         block.mlp.down.bias.data.zero_()
-    distances = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, n_loops=4)))
+    distances = stages.head_distances(stages.pattern_gram(model, noised, own_loops(model.topology(4))))
     assert stages.same_layer_distance(distances).max() == 0, "what is rounding alone counts as nothing"
     assert stages.other_layer_distance(distances).min() > 0.01
     deep = small_model(n_loop_layers=8, max_loops=1)
-    distances = stages.head_distances(stages.pattern_gram(deep, noised, stages.pseudo_cycle(deep.config, 2)))
+    distances = stages.head_distances(stages.pattern_gram(deep, noised, pseudo_loops(deep.topology(1), 2)))
     same, other = stages.same_layer_distance(distances), stages.other_layer_distance(distances)
     assert stages.distance_ratio(same.mean(), other.mean()) == pytest.approx(1, abs=0.25)
 
@@ -125,7 +126,7 @@ def test_a_low_ratio_of_distances_comes_with_shared_weights_untrained():
     noised = small_tokens(8)
     for seed in range(4):
         model = small_model(seed)
-        distances = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, 4)))
+        distances = stages.head_distances(stages.pattern_gram(model, noised, own_loops(model.topology(4))))
         same, other = stages.same_layer_distance(distances), stages.other_layer_distance(distances)
         assert stages.distance_ratio(same.mean(), other.mean()) < 0.9
 
@@ -133,11 +134,11 @@ def test_a_low_ratio_of_distances_comes_with_shared_weights_untrained():
 def test_one_loop_one_layer_and_uniform_attention_are_said_to_have_no_ratio():
     noised = small_tokens(6)
     model = small_model()
-    one_loop = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, 1)))
+    one_loop = stages.head_distances(stages.pattern_gram(model, noised, own_loops(model.topology(1))))
     with pytest.raises(NotDefinedError, match="one loop only"):
         stages.same_layer_distance(one_loop)
     one_layer = small_model(n_loop_layers=1)
-    distances = stages.head_distances(stages.pattern_gram(one_layer, noised, stages.loop_cycle(one_layer.config, 3)))
+    distances = stages.head_distances(stages.pattern_gram(one_layer, noised, own_loops(one_layer.topology(3))))
     assert (stages.same_layer_distance(distances) > 0).all(), "defined all the same"
     with pytest.raises(NotDefinedError, match="no other layer"):
         stages.other_layer_distance(distances)
@@ -146,7 +147,7 @@ def test_one_loop_one_layer_and_uniform_attention_are_said_to_have_no_ratio():
         block.attn.qkv.weight.data[:2 * nearly.config.d_model] *= 1e-3
     even = uniform_attention(small_model())
     for model in (nearly, even):
-        distances = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, 3)))
+        distances = stages.head_distances(stages.pattern_gram(model, noised, own_loops(model.topology(3))))
         assert (distances.values == 0).all()
     with pytest.raises(NotDefinedError, match="do not differ"):
         stages.distance_ratio(stages.same_layer_distance(distances).mean(),
@@ -179,7 +180,7 @@ def test_a_feature_that_some_examples_lack_is_averaged_over_the_others():
 def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
     model, noised = small_model(2, vocab_size=40), small_tokens(8)   # many tokens: answers change easily
     model.unembed_bias.data.zero_()
-    cycle = stages.loop_cycle(model.config, n_loops=3)
+    cycle = own_loops(model.topology(3))
     logits = model(noised, 3)
     assert torch.equal(stages.frozen_attention(model, noised, cycle, after=2), logits.argmax(-1))
     changed = stages.frozen_attention(model, noised, cycle, after=0)
@@ -188,25 +189,25 @@ def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
 
 def test_bootstrap_covers_the_mean_like_the_normal_interval():
     values = np.random.default_rng(0).normal(size=400)
-    interval = stages.bootstrap(np.mean, values, n_resamples=2000)
+    interval = bootstrap(np.mean, values, n_resamples=2000)
     spread = 1.96 * values.std(ddof=1) / 20
     assert interval.value == pytest.approx(values.mean())
     assert interval.high - interval.value == pytest.approx(spread, rel=0.15)
-    assert interval == stages.bootstrap(np.mean, values, n_resamples=2000)
+    assert interval == bootstrap(np.mean, values, n_resamples=2000)
 
 
 def test_an_interval_of_nothing_is_refused_with_its_reason():
     with pytest.raises(NotDefinedError, match="not a finite number"):
-        stages.bootstrap(np.mean, np.array([1.0, np.nan, 2.0]))
+        bootstrap(np.mean, np.array([1.0, np.nan, 2.0]))
 
     def of_the_first(values: np.ndarray) -> float:
         if 0 not in values:
             raise NotDefinedError("the first example is missing")
         return float(values.mean())
 
-    assert stages.bootstrap(of_the_first, np.arange(3)).high <= 2, "some resamples lack it, most do not"
+    assert bootstrap(of_the_first, np.arange(3)).high <= 2, "some resamples lack it, most do not"
     with pytest.raises(NotDefinedError, match="the first example is missing"):
-        stages.bootstrap(of_the_first, np.arange(1, 3))
+        bootstrap(of_the_first, np.arange(1, 3))
 
     def of_all(values: np.ndarray) -> float:
         if len(set(values)) < 6:
@@ -214,7 +215,7 @@ def test_an_interval_of_nothing_is_refused_with_its_reason():
         return 1.0
 
     with pytest.raises(NotDefinedError, match="in most resamples of the examples some example is missing"):
-        stages.bootstrap(of_all, np.arange(6))
+        bootstrap(of_all, np.arange(6))
 
 
 def test_a_spread_is_mean_least_and_greatest():

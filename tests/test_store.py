@@ -43,7 +43,7 @@ def record(model: HookedLoopMDM, tokens: Tensor, **options: Any) -> Recording:
 
 def test_batches_appended_are_the_recording_of_the_whole(model: HookedLoopMDM, tmp_path: Path) -> None:
     tokens = small_tokens(batch=7)
-    names = [NAMES, "*.attn.hook_pattern", "hook_embed"]
+    names = [NAMES, "**.attn.hook_pattern", "hook_embed"]
     whole = record(model, tokens, names_filter=names)
     with RecordingWriter(tmp_path / "run.zarr") as out:
         for rows in (slice(0, 3), slice(3, 6), slice(6, 7)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from studies.tasks import Sudoku
-from studies.tasks.make_sudoku import Make, Solver, dig, full_grid, make
+from studies.tasks.make_sudoku import MakeSudoku, Solver, dig, full_grid, make_sudoku
 from studies.tasks.sudoku import MAX_ROUNDS, Shape
 
 
@@ -189,7 +189,7 @@ def test_sudoku_extra_givens() -> None:
 
 
 def test_sudoku_maker(tmp_path: Path) -> None:
-    path = make(Make(size=6, puzzles=12, seed=1, out=tmp_path))
+    path = make_sudoku(MakeSudoku(size=6, puzzles=12, seed=1, out=tmp_path))
     first = path.read_bytes()
     with np.load(path, allow_pickle=False) as data:
         solutions, given = data["solutions"], np.unpackbits(data["givens"], axis=1, count=36)
@@ -202,7 +202,7 @@ def test_sudoku_maker(tmp_path: Path) -> None:
             if clues[cell]:
                 fewer = [d if c and i != cell else -1 for i, (d, c) in enumerate(zip(solution, clues, strict=True))]
                 assert len(solutions_of(fewer, 6, limit=2)) == 2
-    make(Make(size=6, puzzles=12, seed=1, out=tmp_path))
+    make_sudoku(MakeSudoku(size=6, puzzles=12, seed=1, out=tmp_path))
     assert path.read_bytes() == first
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hooks import HookedLoopMDM
 from studies import zoo
-from studies.flops import training_flops
-from studies.presets import PRESETS
 from studies.tasks import Automaton
-from studies.training import TrainConfig, TrainResult, train
-from studies.training_eval import held_out
+from studies.training.evaluation import held_out
+from studies.training.flops import training_flops
+from studies.training.presets import PRESETS
+from studies.training.run import TrainConfig, TrainResult, train
 
 TASK = Automaton(rule=90, width=5, rows=3)
 STEPS, BATCH, EXAMPLES = 10, 4, 8

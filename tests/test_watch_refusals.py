@@ -28,7 +28,7 @@ def x():
 @pytest.mark.parametrize(("sites", "message"), [
     ("cores.0.hook_out", r"No site is called 'cores\.0\.hook_out'. Nearest: 'core\.0\.hook_out'"),
     ("core.0.hook_out@4", r"cannot fire: core\.0\.hook_out runs 4 loops here, numbered 0\.\.3"),
-    ("prelude.hook_out@0", r"'prelude\.hook_out' runs once per forward and takes no '@0'"),
+    ("prelude.hook_out@1", r"'prelude\.hook_out' runs once per forward and takes no '@1'"),
 ])
 def test_sites_that_cannot_fire_are_refused_before_the_run(model, x, sites, message):
     ran = []
@@ -62,7 +62,7 @@ def test_a_site_that_never_fires_is_an_error_unless_only_a_wildcard_named_it(mod
           watch(model, "idle.hook_out", schedule=SCHEDULE)):
         model(x)
     with (pytest.raises(RuntimeError, match=r"'idle\.\*': none of the 2 sites that this names fired in the forward"),
-          watch(model, ["idle.*", "core.*"], schedule=SCHEDULE)):
+          watch(model, ["idle.*", "core.**"], schedule=SCHEDULE)):
         model(x)
     with watch(model, None, schedule=SCHEDULE) as rec:
         model(x)
@@ -123,7 +123,7 @@ def test_an_exception_in_a_hook_passes_and_hooks_are_removed(model, x):
         raise ZeroDivisionError(hook.site)
 
     with (pytest.raises(ZeroDivisionError, match=r"core\.1\.hook_out@2"),
-          watch(model, "core.*", schedule=SCHEDULE, fwd_hooks=[("core.1.hook_out@2", fail)])):
+          watch(model, "core.**", schedule=SCHEDULE, fwd_hooks=[("core.1.hook_out@2", fail)])):
         model(x)
     assert not n_hooks(model)
     with watch(model, "core.0.hook_out", schedule=SCHEDULE) as rec:

@@ -108,9 +108,11 @@ assert main.is_relative_to(sys.path[0])
 config._main_script_path = str(main)
 config.get_config_options(force_reparse=True)
 print(config.get_option("theme.primaryColor"), config.get_option("server.address"))
-test = AppTest.from_file(str(main), default_timeout=120).run()
+test = AppTest.from_file(str(main), default_timeout=600).run()
 assert not test.exception, test.exception
-print(len(test.title) + len(test.header) > 0)
+test = test.switch_page("views/lens.py").run()
+assert not test.exception, test.exception
+print(len(test.get("plotly_chart")) > 0)
 """
     asked = tomllib.loads((ROOT / "app" / ".streamlit" / "config.toml").read_text())
     said = run(installed, code, tmp_path, LOOPSCOPE_ZOO=str(ROOT / "zoo"), LOOPSCOPE_RESULTS=str(ROOT / "results"))

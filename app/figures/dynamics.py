@@ -13,19 +13,8 @@ from jaxtyping import Bool, Int
 from plotly.subplots import make_subplots
 
 from app.figures.grids import Look
-from app.figures.style import (
-    AMOUNT,
-    CATEGORIES,
-    FAINT,
-    GREEN,
-    ORANGE,
-    VERMILLION,
-    colourbar,
-    key,
-    ramp,
-    region_ticks,
-    styled,
-)
+from app.figures.style import colourbar, key, ramp, region_ticks, styled
+from studies.palette import AMOUNT, CATEGORIES, FAINT, GREEN, ORANGE, VERMILLION
 
 CLASS_COLOURS = {"converged": GREEN, "cyclic": ORANGE, "drifting": VERMILLION}
 

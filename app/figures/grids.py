@@ -16,7 +16,8 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
 
-from app.figures.style import FAINT, ORANGE, RULE, SHARE, SKY, VERMILLION, colourbar, corner_marks, key, styled
+from app.figures.style import colourbar, corner_marks, key, styled
+from studies.palette import FAINT, ORANGE, RULE, SHARE, SKY, VERMILLION
 from studies.tasks import Task
 
 LIGHT, DARK, MASK = "#F2EBDD", "#3B4A5E", "#BCC5D0"

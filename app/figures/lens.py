@@ -14,21 +14,8 @@ import xarray as xr
 from jaxtyping import Int
 
 from app.figures.grids import Look
-from app.figures.style import (
-    AMOUNT,
-    AROUND_ZERO,
-    FAINT,
-    INK,
-    UNASKED,
-    colourbar,
-    corner_marks,
-    depth_axis,
-    depth_names,
-    key,
-    ramp,
-    region_ticks,
-    styled,
-)
+from app.figures.style import colourbar, corner_marks, depth_axis, depth_names, key, ramp, region_ticks, styled
+from studies.palette import AMOUNT, AMOUNT_REVERSED, AROUND_ZERO, DIVIDER, FAINT, INK, SHARE, UNASKED
 
 COLOURS = {
     "nll": "NLL of the truth",
@@ -117,7 +104,7 @@ def _scale(colour: str, lens: xr.Dataset, n_tokens: int) -> dict[str, Any]:
     asked = lens[colour].where(lens.scored)
     top = guess if colour == "entropy" else float(asked.max().fillna(0).clip(1e-6))
     title = "entropy [nat]" if colour == "entropy" else "KL(final ‖ lens) [nat]"
-    return {"colorscale": "Viridis_r" if colour == "entropy" else "Blues", "zmin": 0, "zmax": top,
+    return {"colorscale": AMOUNT_REVERSED if colour == "entropy" else SHARE, "zmin": 0, "zmax": top,
             "colorbar": colourbar(title)}
 
 
@@ -159,7 +146,7 @@ def _position_axis(figure: go.Figure, look: Look, positions: Sequence[int], regi
 
 def _grey_separators(figure: go.Figure) -> go.Figure:
     """On white paper the lines between loops are grey."""
-    figure.update_shapes(line={"color": "#E4E8EE", "width": 1})
+    figure.update_shapes(line={"color": DIVIDER, "width": 1})
     figure.update_annotations(font={"color": FAINT})
     figure.update_layout(font_color=INK)
     return figure

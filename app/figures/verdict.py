@@ -11,9 +11,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from app.figures.style import BLUE, FAINT, VERMILLION, styled
+from app.figures.style import styled
+from studies.palette import FAINT, KIND_COLOURS
 
-SUBJECT_COLOURS = {"loop": BLUE, "control": VERMILLION, "untrained": "#7F8C99"}
 LINE_PX, GAP_PX = 15, 40
 """Height of a line of a strip, and of the gap between strips, which holds ticks and the next one's title."""
 MARGIN = {"l": 16, "r": 16, "t": 92, "b": 44}
@@ -34,7 +34,7 @@ def evidence(table: Sequence[Mapping[str, Any]], subjects: Mapping[str, str]) ->
     for i, (row, here) in enumerate(zip(table, shown, strict=True), start=1):
         for y, subject in enumerate(here):
             cell = row[subject]
-            colour = SUBJECT_COLOURS.get(subject, FAINT)
+            colour = KIND_COLOURS.get(subject, FAINT)
             text = f"{subjects[subject]}: {cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
             figure.add_trace(go.Scatter(
                 x=[cell["value"]], y=[y], mode="markers", name=subjects[subject], legendgroup=subject,

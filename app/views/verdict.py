@@ -1,6 +1,6 @@
 """Verdict: what was measured on the headline question, and what is open; and the paper's claims, judged.
 
-Reads what `rerun.py`, `compute.py`, `ablations.py` and `longer.py` of studies/ wrote; computes nothing.
+Reads what `rerun.py`, `claims.py`, `ablations.py` and `length_generalization.py` of studies/ wrote; computes nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from streamlit.delta_generator import DeltaGenerator
 from app import data, show
 from app.figures.style import styled
 from app.figures.verdict import evidence
-from studies import ablations_report, longer_report, rerun_report
-from studies.claims_judge import Judgement
-from studies.claims_report import HOW_JUDGED
-from studies.rerun_verdict import cell_text, notes
+from studies.questions.ablations import page as ablations_page
+from studies.questions.ablations.figures import figures as ablations_figures
+from studies.questions.claims.judge import Judgement
+from studies.questions.claims.page import HOW_JUDGED
+from studies.questions.length_generalization import page as length_page
+from studies.questions.length_generalization.figures import rows_figure
+from studies.questions.stages import page as stages_page
+from studies.questions.stages.judge import cell_text, notes
 from studies.results import Results, made_by
 
 SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
@@ -30,10 +34,12 @@ BADGES = {"advances": "blue", "does not advance": "orange"}
 
 def main() -> None:
     results = _chosen()
-    views = {"claims": _claims, "ablations": _ablations, "more_rows": _longer}  # by what only their verdicts hold
-    view = next((view for key, view in views.items() if key in results.verdict), _stages)
+    if results.study not in PAGES:
+        st.error(f"The verdict in `{results.path}` does not say of which study it is, as those of another version do "
+                 f"not. Make it again with `{made_by(results.path)}`.", icon=":material/history:")
+        return
     try:
-        view(results)
+        PAGES[results.study](results)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         # what is shown was read from files, which another version, or a hand, may have left incomplete
         st.error(f"The results in `{results.path}` are incomplete or damaged ({type(error).__name__}: {error}). Make "
@@ -121,7 +127,7 @@ def _evidence(verdict: dict[str, Any]) -> None:
 def _figures(results: Results) -> None:
     st.header("In detail", anchor=False)
     try:
-        drawn = rerun_report.figures(results.verdict, results.datasets)
+        drawn = stages_page.figures(results.verdict, results.datasets)
     except KeyError as error:
         st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it "
                    "again "
@@ -168,31 +174,31 @@ def _claims(results: Results) -> None:
 def _ablations(results: Results) -> None:
     """What each change of the LoopMDM does to whether its loops settle."""
     verdict = results.verdict
-    st.title(ablations_report.TITLE + "?", anchor=False)
+    st.title(ablations_page.TITLE + "?", anchor=False)
     st.caption(f"LoopMDMs of six layers on *{verdict['task']}*, one change each, trained for the same FLOPs; "
                f"{verdict['setting']['examples']} held-out examples, every free position masked. Ranges are over "
                "training seeds; a number without one is a single run.")
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
-    st.dataframe(pd.DataFrame(ablations_report.rows(verdict)), hide_index=True, width="stretch",
+    st.dataframe(pd.DataFrame(ablations_page.table_rows(verdict)), hide_index=True, width="stretch",
                  column_config={"change": st.column_config.TextColumn(pinned=True)})  # the table is wider than the page
-    for note in ablations_report.notes(verdict):
+    for note in ablations_page.undefined_notes(verdict):
         st.caption(note)
     with st.expander("Definitions", icon=":material/menu_book:"):
         st.markdown("\n".join(f"- **{m['name']}**: {m['definition']}" for m in verdict["measures"].values()))
-    for number, (title, (what, drawn)) in enumerate(ablations_report.figures(results.datasets["curves"]).items()):
+    for number, (title, (what, drawn)) in enumerate(ablations_figures(results.datasets["curves"]).items()):
         show.figure(styled(drawn, height=460), what, name=f"ablations-{number}", title=title,
                     table=partial(_every_number, results))
     _provenance(results)
 
 
-def _longer(results: Results) -> None:
+def _length_generalization(results: Results) -> None:
     """How far models get on more rows of an automaton than they were trained on."""
     st.title("Does a model go on beyond the rows of its training?", anchor=False)
     st.markdown(results.verdict["words"])
-    st.dataframe(longer_report.table(results.datasets["curves"]), hide_index=True)
-    drawn = styled(longer_report.figure(results.datasets["curves"]), height=460)
+    st.dataframe(length_page.table(results.datasets["curves"]), hide_index=True)
+    drawn = styled(rows_figure(results.datasets["curves"]), height=460)
     drawn.update_layout(margin={"t": 84}, legend={"y": 1, "yref": "container", "yanchor": "top"})
-    show.figure(drawn, longer_report.WHAT,
+    show.figure(drawn, length_page.WHAT,
                 name="longer", title="Cells right by row", table=partial(_every_number, results))
     _provenance(results)
 
@@ -248,5 +254,9 @@ def _interval(cell: dict[str, float | None] | None) -> str:
     interval = "" if cell["low"] is None or cell["high"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
     return f"{cell['value']:.3f}{interval}"
 
+
+PAGES = {"stages": _stages, "claims": _claims, "ablations": _ablations,
+         "length_generalization": _length_generalization}
+"""The page of each study."""
 
 main()

@@ -80,8 +80,8 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         """Logits [batch, pos, vocab]; with ``labels`` (−100: not counted) also their mean cross-entropy.
 
         That loss is transformers' own for masked models; the objective a LoopMDM is trained on weights
-        it by 1/t: `hooks.model.diffusion`. ``attention_mask`` must be all ones. Once TransformerLens has
-        wrapped the model, it runs unrolled at the number of loops for which it was wrapped.
+        it by 1/t: `hooks.model.diffusion`. ``attention_mask`` [batch, pos] is 0 at padding. Once TransformerLens has
+        wrapped the model, it runs unrolled at the number of loops for which it was wrapped, and takes no padding.
         """
         unrolled = getattr(self, "unrolled", None)
         if unrolled is not None:
@@ -92,9 +92,7 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         else:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("a LoopMDM takes tokens: pass input_ids, not inputs_embeds.")
-            if attention_mask is not None and not bool((attention_mask == 1).all()):
-                raise ValueError("a LoopMDM attends to every position: attention_mask must be all ones.")
-            logits = self.model(input_ids, n_loops, t=t)
+            logits = self.model(input_ids, n_loops, t=t, attention_mask=attention_mask)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -135,11 +133,11 @@ def _precision(dtype: Any) -> torch.dtype:
     return found
 
 
-def register() -> None:
+def _register_auto_classes() -> None:
     """Make transformers' Auto classes know LoopMDM. Importing this module does so."""
     AutoConfig.register(LoopMDMPretrainedConfig.model_type, LoopMDMPretrainedConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForMaskedLM):
         auto.register(LoopMDMPretrainedConfig, LoopMDMForMaskedLM, exist_ok=True)
 
 
-register()
+_register_auto_classes()

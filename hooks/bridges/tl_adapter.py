@@ -175,7 +175,7 @@ class LoopNormBridge(NormalizationBridge):
 
     def forward(self, hidden_states: Float[Tensor, "... d_model"], **kwargs: Any) -> Float[Tensor, "... d_model"]:
         hidden_states = self.hook_in(hidden_states)
-        if self.hook_scale.has_hooks("both") or self.hook_normalized.has_hooks("both"):
+        if _hooked(self.hook_scale) or _hooked(self.hook_normalized):
             return self.hook_out(self._python_norm_forward(hidden_states))
         assert self.original_component is not None
         return self.hook_out(self.original_component(hidden_states))
@@ -213,7 +213,7 @@ class LoopAttentionBridge(PositionEmbeddingsAttentionBridge):
             self._modulation = self._captured_pre_ln_residual = None
         q, k = core.turned(q, k, rotary)
         q, k, v = self.hook_rot_q(q), self.hook_rot_k(k), v.transpose(1, 2)
-        if self.hook_attn_scores.has_hooks("both") or self.hook_pattern.has_hooks("both"):
+        if _hooked(self.hook_attn_scores) or _hooked(self.hook_pattern):
             z = self.hook_pattern(self.hook_attn_scores(core.scores(q, k)).softmax(-1)) @ v
         else:
             z = F.scaled_dot_product_attention(q, k, v)
@@ -315,3 +315,6 @@ class ReadoutBridge(UnembeddingBridge):
         return self.hook_out(readout.project(gained, **kwargs))
 
 
+def _hooked(point: Any) -> bool:
+    """Is anything attached, by TransformerLens or (`hooks.watch`) by torch?"""
+    return bool(point.has_hooks("both") or point._forward_hooks or point._forward_pre_hooks)

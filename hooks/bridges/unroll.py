@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, Positions, Readout
-from hooks.model.layers import MLP, Attention, Block, Norm, Rotary, rotate
+from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, PositionTable, Readout
+from hooks.model.layers import MLP, Attention, Block, NormLayer, Rotary, rotate
 from hooks.model.loopmdm import LoopMDM
 
 
@@ -52,7 +52,7 @@ class UnrolledLoopMDM(nn.Module):
         fixed = None if t is None else self._fixed_condition
         self.tok_embed = looped.embed
         if config.position != "rotary":
-            self.pos = Positions(looped)
+            self.pos = PositionTable(looped)
         self.entries = nn.ModuleList(LoopEntry(looped, k) for k in range(self.n_loops))
         self.layers = nn.ModuleList(UnrolledBlock(_block(looped, layer), fixed)
                                     for layer, _ in self.topology.unrolled())
@@ -69,8 +69,8 @@ class UnrolledLoopMDM(nn.Module):
         positions, and for ``inputs_embeds`` where the tokens themselves are needed.
         """
         if attention_mask is not None and not bool((attention_mask == 1).all()):
-            raise ValueError("a LoopMDM attends to every position, masked tokens included: attention_mask must be "
-                             "all ones. Cut the sequence instead of padding it.")
+            raise ValueError("the unrolled network attends to every position: attention_mask must be all ones. Give it "
+                             "sequences of one length, or run the looped model, which takes padding.")
         if input_ids is not None:
             tokens, _ = self.looped._checked(input_ids, self.n_loops)
             x = self.tok_embed(tokens)
@@ -180,7 +180,7 @@ class UnrolledNorm(nn.Module):
 
     bias = None
 
-    def __init__(self, source: Norm, scaled: bool = True):
+    def __init__(self, source: NormLayer, scaled: bool = True):
         super().__init__()
         self.source, self.scaled = source, scaled
 

@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooks.checkpointing import guard_recomputation, may_be_checkpointed, recomputing
 from hooks.hook_points import HookPoint, LoopClock
 from hooks.model.config import LoopMDMConfig
-from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
+from hooks.model.inputs import AttentionMask, Tokens, as_given, real_positions, take
+from hooks.model.layers import Block, NormLayer, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
 from hooks.sites import SiteSpace
 
@@ -82,7 +84,7 @@ class LoopMDM(nn.Module):
             self.loop_embed = nn.Embedding(config.max_loops, d)
             self.hook_loop_embed = self._point("hook_loop_embed", looped=True)
         self.blocks.extend(self._block(layer) for layer in range(config.n_head_layers, config.n_layers))
-        self.ln_final = Norm(config.norm, d, config.norm_eps, self._point, "ln_final")
+        self.ln_final = NormLayer(config.norm, d, config.norm_eps, self._point, "ln_final")
         self.final_ada = nn.Linear(config.d_cond, 2 * d) if config.conditioned else None
         self.unembed_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.unembed_weight = None if config.tie_embeddings else nn.Parameter(torch.zeros(config.vocab_size, d))
@@ -110,33 +112,45 @@ class LoopMDM(nn.Module):
 
     # ---------------------------------------------------------------- the model
 
-    def forward(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
-                t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch pos vocab"]:
+    def forward(self, tokens: Tokens, n_loops: int | None = None, *,
+                t: Float[Tensor, "batch"] | float | None = None,
+                attention_mask: AttentionMask = None) -> Float[Tensor, "batch pos vocab"]:
         """Logits over the vocabulary at every position.
 
         ``n_loops`` defaults to ``config.max_loops``. ``t`` in (0, 1] is the noise level, read only
-        by models conditioned on time; by default it is the share of masked positions.
-        Raises ValueError for a bad shape, a token outside the vocabulary, or n_loops < 1, and RuntimeError
-        for a forward inside a forward of the same model (in a hook, for example).
+        by models conditioned on time; by default it is the share of masked positions. ``attention_mask`` [batch, pos]
+        is 1 at real positions and 0 at padding, before or after them (`hooks.model.inputs`): real positions get the
+        logits of the sequence without its padding, those at padded positions mean nothing.
+        Raises TypeError for tokens that are no tensor, ValueError for a bad shape, a token outside the vocabulary, an
+        empty batch, or n_loops < 1, and RuntimeError for a forward inside a forward of the same model (in a hook, for
+        example).
         """
         with self.running():
-            tokens, n_loops = self._checked(tokens, n_loops)
-            condition = self.condition(tokens, t)
-            x, injected = self.begin(tokens, condition)
-            if self.replans:
+            tokens, n_loops, real = self._entering(tokens, n_loops, attention_mask)
+            condition = self.condition(tokens, t, real)
+            x, injected = self.begin(tokens, condition, real)
+            if replans := self.replans:
                 plan = self.plan(n_loops)
-                x, n_loops = run(self, plan, x, injected, condition), len(plan)
+                if recomputing() and not self.clock.edits_again(replans):
+                    raise RuntimeError("the backward pass runs the model again (torch.utils.checkpoint) under an edit "
+                                       "of its loops or layers that was not there in the forward pass: call backward "
+                                       "before placing it, or switch checkpointing off.")
+                if may_be_checkpointed():
+                    guard_recomputation("loops or layers skipped, repeated or swapped", lambda: self.replans is replans,
+                                        around=lambda: self.clock.repeating(replans, 0))
+                x, n_loops = run(self, plan, x, injected, condition, real), len(plan)
             else:
                 for k in range(n_loops):
-                    x = self.loop(x, k, injected, condition)
+                    x = self.loop(x, k, injected, condition, real)
             self.clock.finish(n_loops, n_loops)
-            return self.tail(x, condition)
+            return self.tail(x, condition, real)
 
-    def forward_adaptive(self, tokens: Int[Tensor, "batch pos"], *, threshold: float, max_loops: int | None = None,
-                         t: Float[Tensor, "batch"] | float | None = None) -> AdaptiveOutput:
+    def forward_adaptive(self, tokens: Tokens, *, threshold: float, max_loops: int | None = None,
+                         t: Float[Tensor, "batch"] | float | None = None,
+                         attention_mask: AttentionMask = None) -> AdaptiveOutput:
         """Loop each example until ‖H(k) − H(k−1)‖ / ‖H(k−1)‖ < ``threshold``, at most ``max_loops`` times.
 
-        Norms are taken over positions and d_model together. An example that has stopped keeps its
+        Norms are taken over real positions and d_model together. An example that has stopped keeps its
         state while the others go on. ``loops_used`` [batch] counts the loops applied to each.
         Raises what `forward` raises.
         """
@@ -146,15 +160,18 @@ class LoopMDM(nn.Module):
             if self.replans:
                 raise ValueError("loops are skipped, repeated or swapped by an edit, and adaptive looping decides by "
                                  "itself which loops run: use a fixed n_loops.")
-            tokens, max_loops = self._checked(tokens, max_loops)
-            condition = self.condition(tokens, t)
-            x, injected = self.begin(tokens, condition)
+            tokens, max_loops, real = self._entering(tokens, max_loops, attention_mask)
+            condition = self.condition(tokens, t, real)
+            x, injected = self.begin(tokens, condition, real)
             wide = torch.promote_types(x.dtype, torch.float32)  # a norm overflows float16 before a state does
             running = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
             used = torch.zeros(len(tokens), dtype=torch.long, device=x.device)
             for k in range(max_loops):
-                new = self.loop(x, k, injected, condition)
-                moved, length = (y.flatten(1).to(wide).norm(dim=1) for y in (new - x, x))
+                new = self.loop(x, k, injected, condition, real)
+                compared = new - x, x
+                if real is not None:
+                    compared = compared[0] * real[..., None], compared[1] * real[..., None]
+                moved, length = (y.flatten(1).to(wide).norm(dim=1) for y in compared)
                 change = moved / length.clamp_min(1e-12)
                 x = torch.where(running[:, None, None], new, x)
                 used += running
@@ -162,34 +179,41 @@ class LoopMDM(nn.Module):
                 if not running.any():
                     break
             self.clock.finish(k + 1, max_loops)
-            return AdaptiveOutput(self.tail(x, condition), used)
+            return AdaptiveOutput(self.tail(x, condition, real), used)
 
-    def embed_tokens(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """Token embedding, plus learned positions where there are any."""
+    def embed_tokens(self, tokens: Int[Tensor, "batch pos"],
+                     real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """Token embedding, plus learned positions where there are any; these count from the first ``real`` one."""
         x = self.hook_embed(self.embed(tokens))
         if self.config.position == "rotary":
             return x
-        ids = self.position_ids[:, : tokens.shape[1]]
+        if real is None:
+            ids = self.position_ids[:, : tokens.shape[1]]
+        else:
+            ids = self.position_ids[:, (real.cumsum(1) - 1).clamp_min(0)]  # [group, batch, pos]
         positions = torch.stack([table(group) for table, group in zip(self.pos_embed, ids, strict=True)]).sum(0)
         return x + self.hook_pos_embed(positions.expand_as(x))
 
     def condition(self, tokens: Int[Tensor, "batch pos"],
-                  t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch d_cond"] | None:
+                  t: Float[Tensor, "batch"] | float | None = None,
+                  real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch d_cond"] | None:
         """The timestep embedding that adaLN reads, or None for a model without it."""
         if self.time_embed is None:
             return None
         if t is None:
-            t = (tokens == self.config.mask_token_id).float().mean(1)
+            masked = tokens == self.config.mask_token_id
+            t = masked.float().mean(1) if real is None else (masked & real).sum(1) / real.sum(1)
         t = torch.as_tensor(t, dtype=torch.float32, device=tokens.device).expand(len(tokens))
         kind = self.config.time_conditioning
         level = 1000 * t if kind == "t" else -torch.log1p(-t.clamp(max=1 - 1e-4)) if kind == "sigma" else 0 * t
         return self.time_embed(level)
 
     def begin(self, tokens: Int[Tensor, "batch pos"], condition: Float[Tensor, "batch d_cond"] | None = None,
+              real: Bool[Tensor, "batch pos"] | None = None,
               ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
         """The state that enters the loops, H(0), and what input injection adds to it at each of them."""
-        embedded = self.embed_tokens(tokens)
-        x = self.head(embedded, condition)
+        embedded = self.embed_tokens(tokens, real)
+        x = self.head(embedded, condition, real)
         return x, self.injected(embedded, x)
 
     def injected(self, embedded: Float[Tensor, "batch pos d_model"],
@@ -200,20 +224,21 @@ class LoopMDM(nn.Module):
         normalise = F.layer_norm if self.config.norm == "layer" else F.rms_norm
         return self.injection_gate * normalise(x, (self.config.d_model,), eps=self.config.norm_eps)
 
-    def head(self, x: Float[Tensor, "batch pos d_model"],
-             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
-        """The layers before the loop."""
-        return self._layers(x, range(self.config.n_head_layers), condition)
+    def head(self, x: Float[Tensor, "batch pos d_model"], condition: Float[Tensor, "batch d_cond"] | None = None,
+             real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """The layers before the loop. Here and below, ``real`` positions are the ones that are attended to."""
+        return self._layers(x, range(self.config.n_head_layers), condition, real)
 
     def loop(self, x: Float[Tensor, "batch pos d_model"], k: int, injected: Float[Tensor, "batch pos d_model"],
-             condition: Float[Tensor, "batch d_cond"] | None = None, *,
+             condition: Float[Tensor, "batch d_cond"] | None = None,
+             real: Bool[Tensor, "batch pos"] | None = None, *,
              step: Pass | None = None) -> Float[Tensor, "batch pos d_model"]:
         """One pass of the mid layers, as loop ``k``; ``injected`` (of `begin`) is what input injection adds.
 
         ``step`` runs other layers, or the same as another loop, while sites say ``@k``.
         """
         x = self.loop_input(x, k, injected, index=k if step is None else step.index)
-        return self._layers(x, self._mid_layers() if step is None else step.layers, condition)
+        return self._layers(x, self._mid_layers() if step is None else step.layers, condition, real)
 
     def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, injected: Float[Tensor, "batch pos d_model"], *,
                    index: int) -> Float[Tensor, "batch pos d_model"]:
@@ -229,14 +254,15 @@ class LoopMDM(nn.Module):
             x = x + self.hook_loop_embed(self.loop_embed.weight[min(index, config.max_loops - 1)].expand_as(x))
         return x
 
-    def tail(self, x: Float[Tensor, "batch pos d_model"],
-             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
+    def tail(self, x: Float[Tensor, "batch pos d_model"], condition: Float[Tensor, "batch d_cond"] | None = None,
+             real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos vocab"]:
         """The layers after the loop, and the unembedding."""
-        return self.unembed(self.tail_layers(x, condition), condition)
+        return self.unembed(self.tail_layers(x, condition, real), condition)
 
-    def tail_layers(self, x: Tensor, condition: Tensor | None = None) -> Float[Tensor, "batch pos d_model"]:
+    def tail_layers(self, x: Tensor, condition: Tensor | None = None,
+                    real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
         """The layers after the loop alone."""
-        return self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition)
+        return self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition, real)
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"],
                 condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
@@ -308,11 +334,13 @@ class LoopMDM(nn.Module):
     def _mid_layers(self) -> range:
         return range(self.config.n_head_layers, self.config.n_head_layers + self.config.n_loop_layers)
 
-    def _layers(self, x: Tensor, layers: Sequence[int], condition: Tensor | None) -> Tensor:
+    def _layers(self, x: Tensor, layers: Sequence[int], condition: Tensor | None,
+                real: Tensor | None = None) -> Tensor:
         rotary = self.rotary(x.shape[1])
         blocks = list(self.blocks)  # indexing a ModuleList costs more than the hook points do
+        keys = None if real is None else real[:, None, None]
         for layer in layers:
-            x = blocks[layer](x, rotary, condition)
+            x = blocks[layer](x, rotary, condition, keys)
         return x
 
     def _checked_loops(self, n_loops: int | None) -> int:
@@ -321,17 +349,27 @@ class LoopMDM(nn.Module):
             raise ValueError(f"n_loops must be a whole number of at least 1, not {n_loops!r}.")
         return n_loops
 
+    def _entering(self, inputs: Tokens, n_loops: int | None,
+                  attention_mask: AttentionMask) -> tuple[Tensor, int, Tensor | None]:
+        """The tokens, the number of loops, and where tokens are real (None: everywhere), all checked."""
+        given, attention_mask = take(inputs, attention_mask)
+        tokens, n_loops = self._checked(given, n_loops)
+        return tokens, n_loops, real_positions(tokens, attention_mask)
+
     def _checked(self, tokens: Tensor, n_loops: int | None) -> tuple[Tensor, int]:
         config = self.config
-        if tokens.ndim != 2:
+        if as_given(tokens).ndim != 2:
             raise ValueError(f"tokens must be [batch, pos], not of shape {tuple(tokens.shape)}; "
                              "a single sequence is tokens[None].")
-        if tokens.is_floating_point() or tokens.is_complex():
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
             raise ValueError(f"tokens must be integers, not {tokens.dtype}.")
+        if not tokens.numel():
+            raise ValueError(f"tokens of shape {list(tokens.shape)} hold nothing to run on: give at least one example "
+                             "of at least one position.")
         if tokens.shape[1] > config.max_seq_len:
             raise ValueError(f"the sequence has {tokens.shape[1]} positions, the model takes at most "
                              f"{config.max_seq_len} (max_seq_len): cut it, or train a longer model.")
-        if not torch.compiler.is_compiling() and tokens.numel():
+        if not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= config.vocab_size:
                 raise ValueError(f"tokens hold the ids {low}..{high}, the vocabulary is 0..{config.vocab_size - 1}: "
@@ -339,7 +377,8 @@ class LoopMDM(nn.Module):
         return tokens, self._checked_loops(n_loops)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        """A copy has no lock of another model, and no edits: they are undone on the model they were made on."""
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"replans": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

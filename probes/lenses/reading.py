@@ -128,7 +128,7 @@ def _check(model: LoopedModel, logits: Tensor, targets: Tensor | None, top_k: in
         if targets.shape != logits.shape[:2]:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, the answer is [batch, pos] = "
                              f"{tuple(logits.shape[:2])}.")
-        if bool(((targets < -1) | (targets >= vocab)).any()) or (
+        if not bool((targets >= 0).any()) or bool(((targets < -1) | (targets >= vocab)).any()) or (
                 model.mask_token_id is not None and bool((targets == model.mask_token_id).any())):
             raise ValueError(f"targets must be clean tokens: ids in 0..{vocab - 1} other than the mask "
                              f"({model.mask_token_id}), and −1 where there is none. Pass the sequence as it was before "

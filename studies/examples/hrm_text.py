@@ -32,7 +32,7 @@ def main(source: Source = None) -> None:
             head_dim=16, H_cycles=2, L_cycles=3, max_position_embeddings=64, initializer_range=0.2)).eval()
 
     tokens = torch.randint(0, model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), watch(model, ["model.L_module.*", "model.H_module.*"]) as rec:
+    with torch.no_grad(), watch(model, "model.[LH]_module.*") as rec:
         model(tokens)
     before = torch.zeros(())
     for h in range(model.config.H_cycles):

@@ -1,0 +1,207 @@
+"""What each loop adds to the answer, with the nulls that a curve over loops carries.
+
+- *prefix(k)*: the first k loops, then the rest of the network after the loop;
+- *skip(k)*: the whole run without the work of loop k (its clock moves on, see `probes.exchange`);
+- *repeat(k)*: loop 0 applied k times, each time as loop 0; *suffix(k)*: only the last k loops (2609.19934);
+- *line(k)*: the state extrapolated from those after loops 1 and 2: h_1 + (k − 1)(h_2 − h_1). A loop works only as far
+  as it beats the line.
+
+A state that was cut short is out of the readout's distribution. Every NLL is therefore read with a readout
+recalibrated for its own kind and number of loops on the other half of the examples: logits' = a · logits +
+b · log prior, a ≥ 0, which is temperature scaling that can fall back on the answers' frequencies (after 1706.04599).
+
+    found = gains(model, inputs, own_loops(model.topology(4)), targets=clean)
+    found.prefix.mean(("example", "pos"))                     # nats after 0 … 4 loops
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooks.contract import Inputs, Levels, LoopedModel
+from probes.cycles import Cycle
+from probes.exchange import (
+    KL_CAP,
+    ROWS,
+    ClockKind,
+    Clocks,
+    Trajectory,
+    checked_roles,
+    checked_scored,
+    group_of,
+    halves_of,
+)
+from probes.measurement import measurement
+
+SOURCE = "ours; repeat and suffix after 2609.19934, recalibration after 1706.04599"
+
+
+@torch.no_grad()
+def gains(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, targets: Int[Tensor, "batch answer"],
+          scored: Bool[Tensor, "batch answer"] | None = None, roles: Int[Tensor, "batch pos"] | None = None,
+          t: Levels = None, clock: ClockKind = "role", trajectory: Trajectory | None = None,
+          rows: int = ROWS) -> xr.Dataset:
+    """Calibrated NLL [nat] of the targets per example and position, NaN where a position is not scored.
+
+    ``prefix`` [loops, example, pos] after 0 … K loops, with ``right`` (1 where the answer is the target);
+    ``repeat``, ``suffix`` and ``line`` likewise, NaN where they are not defined; ``skip`` [loop, example, pos]; and
+    ``prior`` [example, pos], of the answers' frequencies alone. Raises ValueError for targets that do not fit.
+    """
+    run = trajectory or Trajectory.of(model, inputs, cycle, t=t)
+    where = checked_scored(model, inputs, run, scored)
+    check_targets(targets, where)
+    halves = halves_of(run.n_examples)
+    clocks = Clocks.of(run, group_of(checked_roles(roles, where, run), clock), halves)
+    reader = _Reader(run, targets, where, halves, rows)
+    n_loops, h = run.n_places, run.states
+    repeated = [h[0]]
+    for _ in range(n_loops):
+        repeated.append(torch.cat([run.operate(0, repeated[-1][some], some) for some in reader.chunks]))
+    every = torch.arange(run.n_examples)
+    end = n_loops
+    prefix = [reader(lambda k=k: (end, h[k])) for k in range(n_loops + 1)]
+    stacks = {
+        "prefix": [nll for nll, _ in prefix],
+        "right": [right for _, right in prefix],
+        "repeat": [prefix[0][0], *(reader(lambda k=k: (end, repeated[k]))[0] for k in range(1, n_loops + 1))],
+        "suffix": [prefix[0][0], *(reader(lambda k=k: (n_loops - k, h[0]))[0] for k in range(1, n_loops)),
+                   prefix[-1][0]],
+        "line": [reader(lambda k=k: (end, h[1] + (k - 1) * (h[2] - h[1])))[0] if k > 2 else
+                 torch.full_like(prefix[0][0], torch.nan) for k in range(n_loops + 1)],
+    }
+    skip = [reader(lambda k=k: (k + 1, clocks.carry(h[k], k, k + 1, every)))[0] for k in range(n_loops)]
+    told = {"prefix": "NLL after some loops", "right": "answers that are right", "repeat": "NLL when loop 0 repeats",
+            "suffix": "NLL of the last loops alone", "line": "NLL on the straight line"}
+    dims = ("loops", "example", "pos")
+    units = {"right": "1"}
+    variables = {name: measurement(torch.stack(values), dims, long_name=told[name], units=units.get(name, "nat"),
+                                   definition=f"{name}(k), recalibrated on the other half of the examples",
+                                   source=SOURCE, coords={"loops": range(n_loops + 1)})
+                 for name, values in stacks.items()}
+    variables["skip"] = measurement(torch.stack(skip), ("loop", *dims[1:]), units="nat", source=SOURCE,
+                                    long_name="NLL without the work of a loop",
+                                    definition="skip(k), recalibrated on the other half of the examples")
+    variables["prior"] = measurement(reader.prior(), dims[1:], long_name="NLL of the answers' frequencies",
+                                     units="nat", source=SOURCE,
+                                     definition="−log of the target's frequency in the other half of the examples")
+    return xr.Dataset(variables)
+
+
+def check_targets(targets: Int[Tensor, "batch answer"], scored: Bool[Tensor, "batch answer"]) -> None:
+    """ValueError for targets of another shape, of another type, or without an answer at a scored position."""
+    if targets.shape != scored.shape:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, the answers {tuple(scored.shape)}.")
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(f"targets are classes of the readout, whole numbers, not {targets.dtype}.")
+    if bool((targets[scored] < 0).any()):
+        raise ValueError("a scored position has no target (it is negative): leave it out of scored=….")
+
+
+class _Reader:
+    """Reads states as NLLs of the targets, each kind of state with a readout of its own calibration."""
+
+    def __init__(self, run: Trajectory, targets: Tensor, scored: Tensor, halves: Tensor, rows: int):
+        self.run, self.scored = run, scored
+        self.chunks = torch.arange(run.n_examples).split(rows)
+        self.truth = targets[scored].long().cpu()
+        self.half = halves[:, None].expand_as(scored.cpu())[scored.cpu()]
+
+    def __call__(self, what: Callable[[], tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+        """NLL and correctness [example, pos] when a state enters a place."""
+        place, state = what()
+        logits = torch.cat([self.run.go_on(place, state[some], some)[self.scored[some]].float().cpu()
+                            for some in self.chunks])
+        if int(self.truth.max()) >= logits.shape[-1]:
+            raise ValueError(f"targets go up to {int(self.truth.max())}, the readout has {logits.shape[-1]} classes.")
+        right = (logits.argmax(-1) == self.truth).float()
+        return self._spread(calibrated_nll(logits, self.truth, self.half)), self._spread(right)
+
+    def prior(self) -> Float[Tensor, "example pos"]:
+        n_classes = int(self.truth.max()) + 1
+        nll = torch.empty(len(self.truth))
+        for judged in (False, True):
+            nll[self.half == judged] = -_log_prior(self.truth[self.half != judged], n_classes)[
+                self.truth[self.half == judged]]
+        return self._spread(nll)
+
+    def _spread(self, values: Float[Tensor, "point"]) -> Float[Tensor, "example pos"]:
+        full = torch.full(self.scored.shape, torch.nan)
+        full[self.scored.cpu()] = values
+        return full
+
+
+def calibrated_nll(logits: Float[Tensor, "point vocab"], targets: Int[Tensor, "point"], half: Bool[Tensor, "point"],
+                   ) -> Float[Tensor, "point"]:
+    """−log p(target) under logits' = a · logits + b · log prior, with a ≥ 0 and b fitted on the other half.
+
+    Logits are taken relative to the largest; those more than `RULED_OUT` below it (a mask that is never predicted)
+    count as that far below.
+    """
+    logits = logits.nan_to_num(0.0, KL_CAP, -KL_CAP)
+    logits = (logits - logits.amax(-1, keepdim=True)).clamp_min(-RULED_OUT)
+    possible = logits[logits > -RULED_OUT]
+    logits = logits / possible.square().mean().sqrt().clamp_min(1e-12)
+    nll = torch.empty(len(targets))
+    for judged in (False, True):
+        fit, rest = half != judged, half == judged
+        if not bool(rest.any()):
+            continue
+        chosen = torch.nonzero(fit if bool(fit.any()) else rest)[:FIT_POINTS, 0]
+        prior = _log_prior(targets[fit] if bool(fit.any()) else targets[rest], logits.shape[-1])
+        a, b = _scales(logits[chosen], prior, targets[chosen])
+        scaled = a * logits[rest] + b * prior
+        nll[rest] = -scaled.log_softmax(-1).gather(-1, targets[rest][:, None])[:, 0]
+    return nll
+
+
+RULED_OUT = 50.0
+"""How far below the largest logit, in nats, an answer is out of the question."""
+
+FIT_POINTS = 4096
+"""Scored positions that a calibration is fitted on, at most."""
+
+RIDGE = 1e-3
+"""Weight of the pull towards the answers' frequencies alone (a = 0, b = 1), per point."""
+
+
+def _log_prior(targets: Int[Tensor, "point"], n_classes: int) -> Float[Tensor, "vocab"]:
+    """log frequency of each class, half an observation added to each (Krichevsky & Trofimov 1981)."""
+    count = torch.bincount(targets, minlength=n_classes).float() + 0.5
+    return (count / count.sum()).log()
+
+
+def _scales(logits: Float[Tensor, "point vocab"], prior: Float[Tensor, "vocab"], targets: Int[Tensor, "point"],
+            ) -> tuple[float, float]:
+    """The a ≥ 0 and b of the smallest mean NLL: a convex problem in two numbers, by damped Newton steps."""
+    feature = torch.stack([logits, prior.expand_as(logits)])                     # [2, point, vocab]
+    true = feature.gather(-1, targets[None, :, None].expand(2, -1, 1))[..., 0].mean(1)
+    rest = torch.tensor([0.0, 1.0])
+
+    def value(at: Tensor) -> Tensor:
+        return (torch.einsum("f,fpv->pv", at, feature).logsumexp(-1).mean() - at @ true
+                + RIDGE * (at - rest).square().sum() / 2)
+
+    at = rest.clone()
+    now = value(at)
+    for _ in range(30):
+        p = torch.einsum("f,fpv->pv", at, feature).softmax(-1)
+        mean = torch.einsum("pv,fpv->fp", p, feature)
+        gradient = mean.mean(1) - true + RIDGE * (at - rest)
+        second = torch.einsum("pv,fpv,gpv->fg", p, feature, feature) / len(targets) - mean @ mean.T / len(targets)
+        step = torch.linalg.solve(second + RIDGE * torch.eye(2), gradient)
+        size = 1.0
+        while size > 1e-3:
+            proposed = at - size * step
+            proposed[0] = proposed[0].clamp_min(0.0)
+            if (reached := value(proposed)) < now - 1e-9:
+                break
+            size /= 2
+        else:
+            break
+        at, now = proposed, reached
+    return float(at[0]), float(at[1])

@@ -1,0 +1,71 @@
+"""Operations on bits that a codec runs: what a letter of its sequence stands for.
+
+    OPERATIONS["A"](bits)                                     # Rule 30 on a ring; bits [example, bit] of 0 and 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Operation = Callable[[Int[Tensor, "example bit"]], Int[Tensor, "example bit"]]
+"""A map of bits to bits of the same number, each 0 or 1."""
+
+
+def _left(z: Tensor, by: int = 1) -> Tensor:
+    """Each bit's neighbour on the left, on a ring."""
+    return z.roll(by, 1)
+
+
+def _right(z: Tensor, by: int = 1) -> Tensor:
+    return z.roll(-by, 1)
+
+
+def rule_30(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """Elementary automaton 30 on a ring: left ⊕ (self ∨ right)."""
+    return _left(z) ^ (z | _right(z))
+
+
+def mirrored_gate(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """z ⊕ (the mirrored bit ∧ the left neighbour)."""
+    return z ^ (z.flip(1) & _left(z))
+
+
+def majority(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """The commoner value among left neighbour, self and right neighbour."""
+    return (_left(z) + z + _right(z) >= 2).long()
+
+
+def half_turn(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """The bit on the other side of the ring ⊕ (z ∧ the left neighbour)."""
+    return _left(z, z.shape[1] // 2) ^ (z & _left(z))
+
+
+def rule_90(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """Elementary automaton 90: left ⊕ right."""
+    return _left(z) ^ _right(z)
+
+
+def negated_shift(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """The negated bit two places to the right."""
+    return 1 - _right(z, 2)
+
+
+def conjunction(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """z ∧ (left ∨ right): ones become rare, so that the content's mean moves from loop to loop."""
+    return z & (_left(z) | _right(z))
+
+
+def swap_if(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """The mirrored bits where the first bit is set, else the bits shifted by three."""
+    return torch.where(z[:, :1] == 1, z.flip(1), _left(z, 3))
+
+
+OPERATIONS: Mapping[str, Operation] = MappingProxyType({
+    "A": rule_30, "B": mirrored_gate, "C": majority, "D": half_turn,
+    "E": rule_90, "F": negated_shift, "G": conjunction, "H": swap_if})
+"""The operations that letters stand for by default."""
