@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ KL_CAP = 1e4
 """Divergence, in nats, of an answer that is not finite; no finite one counts as more."""
 
 
+@runtime_checkable
 class Frame(Protocol):
     """How the content of one place is written at another, for the examples ``rows`` of the batch."""
 

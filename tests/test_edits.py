@@ -297,6 +297,7 @@ def test_impossible_edits_are_refused(edits: list[Edit], kind: type[Exception], 
     assert torch.equal(model(tokens, N), plain)
 
 
+@pytest.mark.unchecked
 def test_options_are_checked(model: HookedLoopMDM, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="how must be 'zero', 'mean' or 'resample', not 'noise'"):
         ablate(POST, "noise")  # type: ignore[arg-type]
