@@ -216,5 +216,5 @@ def _drawn(free: Bool[Tensor, "pos"], start: Bool[Tensor, "pos"]) -> Bool[Tensor
     try:
         return decode_mask(text.strip().lower(), len(free)) & free
     except ValueError as error:
-        st.warning(f"That is no mask: {error} Showing the mask of the noise level.")
+        st.warning(f"This is not a mask: {error} Showing the mask of the noise level.")
         return start

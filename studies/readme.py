@@ -66,7 +66,8 @@ def unlearned_block(zoo: Path = ZOO) -> str:
     at = [float(np.interp(steps, table.step, table.nelbo)) for table in (loop, twin)]
     text = (f"- On *text* the LoopMDM ends with a NELBO of {cards['text-loop']['metrics']['nelbo']:.2f} and its twin, "
             f"after equal FLOPs, with {cards['text-twin']['metrics']['nelbo']:.2f}. It is behind at equal steps too: "
-            f"{at[0]:.2f} against {at[1]:.2f} after {steps:,}; the twin's learning rate is higher there. Why is open.")
+            f"{at[0]:.2f} against {at[1]:.2f} after {steps:,}; the twin's learning rate is higher there. "
+            "The reason is open.")
     pointer = {kind: cards[f"pointer-{kind}"] for kind in KINDS}
     keys = pointer["loop"]["task"]["keys"]
     filled = ", ".join(f"{SHORT_NAMES[kind]} {_cells(card):.1%}" for kind, card in pointer.items())

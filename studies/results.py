@@ -73,8 +73,8 @@ def write_results(folder: str | Path, *, study: str, verdict: Mapping[str, Any],
     if study not in SCRIPTS:
         raise ValueError(f"no study is called {study!r}; there are {', '.join(SCRIPTS)}.")
     if found := _not_finite(told):
-        raise ValueError(f"the verdict of {final.name} holds no finite number at {', '.join(found)}: store None, or "
-                         "the reason why it is not defined.")
+        raise ValueError(f"the verdict of {final.name} holds a number that is not finite at {', '.join(found)}: store "
+                         "None, or the reason why it is not defined.")
     with written_whole(final) as temporary:
         temporary.mkdir()
         (temporary / "verdict.json").write_text(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

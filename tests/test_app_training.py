@@ -67,6 +67,6 @@ def test_the_page_of_the_ablations(app: AppTest, tmp_path: Path) -> None:
     app.run()
     assert not app.exception
     assert not app.error
-    assert app.title[0].value == "What decides whether the loops settle?"
+    assert app.title[0].value == "What decides whether the state's direction settles?"
     assert list(app.dataframe[0].value["change"]) == ["base", "injection"]
     assert len(app.get("plotly_chart")) == 3

@@ -45,7 +45,7 @@ def refusal(script: str, arguments: list[str], capsys: Any) -> str:
 
 
 def test_the_scripts_are_found():
-    assert {"rerun", "compute", "ablations", "longer", "pretrain", "readme"} <= set(SCRIPTS)
+    assert {"rerun", "claims", "ablations", "length_generalization", "pretrain", "readme"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("level", BAD_LEVELS)
@@ -66,9 +66,9 @@ def test_rerun_takes_noise_levels():
 
 @pytest.mark.parametrize(("script", "arguments"), [
     ("rerun", ["--examples", "1"]), ("rerun", ["--loops", "1"]), ("rerun", ["--untrained", "0"]),
-    ("compute", ["--examples", "0"]), ("compute", ["--few", "0"]),
+    ("claims", ["--examples", "0"]), ("claims", ["--few", "0"]),
     ("ablations", ["--examples", "0"]),
-    ("longer", ["--examples", "0"]), ("longer", ["--rows", "1", "8"]), ("longer", ["--loops", "4", "0"]),
+    ("length_generalization", ["--examples", "0"]), ("length_generalization", ["--rows", "1", "8"]), ("length_generalization", ["--loops", "4", "0"]),
 ])
 def test_counts_that_leave_nothing_to_measure_are_refused_by_name(script, arguments, capsys):
     said = refusal(script, arguments, capsys)
@@ -78,7 +78,7 @@ def test_counts_that_leave_nothing_to_measure_are_refused_by_name(script, argume
 @pytest.mark.parametrize("changes", [{"rows": ()}, {"loops": ()}])
 def test_more_rows_needs_rows_and_loops(changes):
     with pytest.raises(ValueError, match="at least one number each"):
-        SCRIPTS["longer"](**changes)
+        SCRIPTS["length_generalization"](**changes)
 
 
 @pytest.mark.parametrize("level", [float(level) for level in BAD_LEVELS])

@@ -16,7 +16,7 @@ from streamlit.testing.v1 import AppTest
 from app import data
 from app.show import MOST_PROBLEMS
 from studies.claims import Claims, main, read_groups
-from studies.results import RESULTS, list_results, read_results
+from studies.results import RESULTS, SCRIPTS, list_results, read_results
 from studies.zoo import REQUIRED, find_groups, listing, load, names, read_metrics, triplet, variants_of
 from tests.small_zoo import make_zoo, with_curves
 
@@ -304,9 +304,9 @@ def test_lines_of_a_run_that_cannot_be_read_are_named_and_the_rest_is_drawn(tmp_
 
 # ------------------------------------------------------------------------------------------ results
 
-BUNDLED = sorted(path.parent.name for path in RESULTS.glob("*/verdict.json"))
-STUDIES = [next(name for name in BUNDLED if name.startswith(kind)) for kind in ("rerun", "claims", "ablations",
-                                                                                "longer")]
+ONE_OF_EACH = {json.loads(path.read_text())["study"]: path.parent.name
+               for path in sorted(RESULTS.glob("*/verdict.json"), reverse=True)}
+STUDIES = [ONE_OF_EACH[study] for study in SCRIPTS]
 
 
 def copied(folder: Path, study: str) -> Path:

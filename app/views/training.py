@@ -15,7 +15,7 @@ FRESH_S = 300
 
 
 def main() -> None:
-    st.title("Training: who learns what for how many FLOPs?", anchor=False)
+    st.title("Training: held-out quality over FLOPs", anchor=False)
     tables, problems = data.training_tables()
     show.problems(problems)
     if not tables:

@@ -35,8 +35,8 @@ BADGES = {"advances": "blue", "does not advance": "orange"}
 def main() -> None:
     results = _chosen()
     if results.study not in PAGES:
-        st.error(f"The verdict in `{results.path}` does not say of which study it is, as those of another version do "
-                 f"not. Make it again with `{made_by(results.path)}`.", icon=":material/history:")
+        st.error(f"The verdict in `{results.path}` does not name its study: it was made by another version. "
+                 f"Make it again with `{made_by(results.path)}`.", icon=":material/history:")
         return
     try:
         PAGES[results.study](results)
@@ -78,8 +78,8 @@ def _chosen() -> Results:
     if not found:
         st.title("Do the loops re-run the same stages?", anchor=False)
         st.info(f"No results in `{data.results_folder()}` yet. Make them with `make study` or "
-                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and need "
-                "none.",
+                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and do "
+                "not need results.",
                 icon=":material/science:")
         st.stop()
     with st.sidebar:
@@ -193,7 +193,7 @@ def _ablations(results: Results) -> None:
 
 def _length_generalization(results: Results) -> None:
     """How far models get on more rows of an automaton than they were trained on."""
-    st.title("Does a model go on beyond the rows of its training?", anchor=False)
+    st.title("Can a model fill more rows than it was trained on?", anchor=False)
     st.markdown(results.verdict["words"])
     st.dataframe(length_page.table(results.datasets["curves"]), hide_index=True)
     drawn = styled(rows_figure(results.datasets["curves"]), height=460)

@@ -22,6 +22,6 @@ def rows_figure(data: xr.Dataset) -> go.Figure:
             values = best.cells.sel(kind=kind, n_rows=rows)
             drawn.add_scatter(x=values.row.values[1:rows] + 1, y=values.values[1:rows], mode="lines+markers",
                               name=f"{SHORT_NAMES[kind]}, {rows} rows", line={"dash": dash, "color": colour})
-    drawn.add_hline(y=0.5, line={"color": NEUTRAL, "dash": "dash"}, annotation_text="a coin")
+    drawn.add_hline(y=0.5, line={"color": NEUTRAL, "dash": "dash"}, annotation_text="chance")
     laid_out(drawn, "row (the first is given)", "cells right, all masked", y_range=[0.4, 1.05], width=820, height=420)
     return drawn.update_xaxes(dtick=1)

@@ -16,8 +16,8 @@ from studies.questions.length_generalization.figures import rows_figure
 from studies.questions.length_generalization.judge import best_loops
 from studies.zoo import SHORT_NAMES
 
-WHAT = ("Each model at the number of loops that serves it best; mean over training seeds. A line that stays up "
-        "would be an operation that loops go on applying. The unlooped twin is in the table only.")
+WHAT = ("Each model at the number of loops that serves it best; mean over training seeds. If loops "
+        "went on applying the rule, a line would stay up. The unlooped twin is in the table only.")
 
 
 def table(data: xr.Dataset) -> pd.DataFrame:
