@@ -21,9 +21,9 @@ and at last all are refined together.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -126,7 +126,7 @@ def _chained(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[T
              generator: torch.Generator) -> Aligned:
     """Maps of the places one after another: f_(k+1) is to do the work of f_k."""
     turns = list(frame.turns)
-    for k, j in itertools.pairwise(members):
+    for k, j in pairwise(members):
         known = turns[k] @ turns[j].T
         starts = _starts(run, replace(frame, turns=torch.stack(turns)), k, j, fit, known,
                          config.starts if k == members[0] else 0, generator)
