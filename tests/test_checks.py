@@ -68,7 +68,8 @@ def test_rerun_takes_noise_levels():
     ("rerun", ["--examples", "1"]), ("rerun", ["--loops", "1"]), ("rerun", ["--untrained", "0"]),
     ("claims", ["--examples", "0"]), ("claims", ["--few", "0"]),
     ("ablations", ["--examples", "0"]),
-    ("length_generalization", ["--examples", "0"]), ("length_generalization", ["--rows", "1", "8"]), ("length_generalization", ["--loops", "4", "0"]),
+    ("length_generalization", ["--examples", "0"]), ("length_generalization", ["--rows", "1", "8"]),
+    ("length_generalization", ["--loops", "4", "0"]),
 ])
 def test_counts_that_leave_nothing_to_measure_are_refused_by_name(script, arguments, capsys):
     said = refusal(script, arguments, capsys)
