@@ -9,8 +9,9 @@ of one group; the **content** is c_k = (h_k − μ_k) / s_k, and [c]_j = μ_j + 
 - *exchange(k, j)*: z = f_j([c_k]_j), recentred and rescaled, goes on from place k + 1 on its clock.
 
 With KL the divergence from the clean answer, recalibrated (`probes.calibration`) and averaged over scored positions,
-W_k = KL(skip(k)) is the **work** of place k and **τ(k, j) = 1 − KL(exchange(k, j)) / W_k**: 1 where j does all of k's work, 0 where it is as good as
-leaving it out, below 0 where it does something else. τ(k, k) = 1. It depends on the unrolled function only.
+W_k = KL(skip(k)) is the **work** of place k and **τ(k, j) = 1 − KL(exchange(k, j)) / W_k**: 1 where j does all of k's
+work, 0 where it is as good as leaving it out, below 0 where it does something else. τ(k, k) = 1. It depends on the
+unrolled function only.
 
 An answer that is unsure lies nearer to the clean one than an answer that is surely wrong, and neither did the work. So
 both are recalibrated on the other half of the examples: without that, an exchange that makes the model unsure has τ up
