@@ -27,7 +27,7 @@ from torch.compiler import is_compiling
 from hooks.edits import Edit, attachments
 from hooks.foreign import payload
 from hooks.foreign.counting import Counter, times
-from hooks.foreign.discovery import discover, is_dry, random_state, random_state_kept, set_random_state
+from hooks.foreign.discovery import COMPILED, discover, is_dry, random_state, random_state_kept, set_random_state
 from hooks.foreign.layouts import Declared, Layouts, StateLayout, is_attention
 from hooks.foreign.places import Choice, Firing, Place, Places, places_of
 from hooks.hook_points import HookFunction
@@ -35,10 +35,6 @@ from hooks.recording import Recorder, Recording, axes_of
 from hooks.sites import Site, SiteError, SitePattern, SiteSpace
 
 Hooks = Sequence[tuple[SitePattern, HookFunction] | Edit]
-
-COMPILED = ("the module is compiled (torch.compile), and compiled code does not call Python hooks reliably: watch and "
-            "call the original module, which shares its weights with the compiled one (compiled._orig_mod).")
-
 
 class Watched(Recording):
     """The recording of a watch: holds the last forward that finished, and nothing before it or after a failed one."""
@@ -140,8 +136,8 @@ class Run:
                 self._act(self.sites, self._record_gradient, quiet=False, from_end=True)
         for pattern, fn in attachments(self.bwd_hooks, places.space):
             self._note(self._act(pattern, _on_backward(fn), quiet=False))
-        for name, tap in self.taps.items():
-            if places.place(name).kind == "in":
+        for tap in self.taps.values():
+            if tap.place.kind == "in":
                 hook = tap.owner.register_forward_pre_hook(self._on_input(tap), prepend=True, with_kwargs=True)
             else:
                 hook = tap.owner.register_forward_hook(self._on_output(tap), prepend=True)
@@ -325,7 +321,7 @@ class Run:
             raise RuntimeError(COMPILED)
         if self.active and module is not tap.owner:
             raise RuntimeError(_replica(tap.name))
-        if not self._is_on():
+        if not self.active or self.thread != get_ident() or is_dry():
             self._stray(tap)
             return None
         counter = tap.counter
@@ -342,7 +338,7 @@ class Run:
 
     def _applied(self, tap: Tap, index: int, value: Any, module: nn.Module, conversion: Any = None) -> Any:
         """``value`` with its tensor replaced by what the functions made of it, or None if they left it alone."""
-        where = self._where(tap, value)
+        where = () if tap.place.element is None and isinstance(value, Tensor) else self._where(tap, value)
         if where is None:
             reason = f"{tap.firings[index].site}: {type(module).__name__} {_without_tensor(tap.place, value)}"
             if not tap.optional:
@@ -378,9 +374,7 @@ class Run:
 
     def _where(self, tap: Tap, value: Any) -> payload.Where | None:
         """Where the tensor of this site is in what a module takes or returns."""
-        if tap.place.element is not None:
-            return payload.element(value, tap.place.element)
-        return () if isinstance(value, Tensor) else payload.find(value)
+        return payload.find(value) if tap.place.element is None else payload.element(value, tap.place.element)
 
     def _given(self, tap: Tap, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Those inputs, by place or by name, that hold the tensor of this site; an element may have either name."""
