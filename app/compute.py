@@ -22,7 +22,7 @@ from app.data import Checkpoint, load_entry
 from hooks import HookedLoopMDM
 from hooks.model.diffusion import DenoisingStep, SamplerConfig, sample
 from probes.attention import attention_summary, patterns
-from probes.geometry import classify_tokens, contraction, dynamics, fixed_point, trajectory_pca
+from probes.geometry import classify_tokens, dynamics, fixed_point, trajectory_pca
 from probes.lenses import LensKind, read_lens
 from probes.linear import probe_latent
 from probes.measurement import depth_coords, measurement
@@ -50,7 +50,7 @@ def lens_of(checkpoint: Checkpoint, noised: Rows, tokens: Rows, n_loops: int, t:
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def movement(checkpoint: Checkpoint, noised: Rows, n_loops: int, t: float, unit: bool) -> tuple[xr.Dataset, xr.Dataset]:
-    """(step sizes, angles, distance to the fixed point, contraction; PCA trajectories of the same states).
+    """(step sizes, angles, distance to the fixed point; PCA trajectories of the same states).
 
     With ``unit``, of states scaled to norm 1, X / ‖X‖: what changes there is direction alone. ``norm`` holds ‖X‖.
     """
@@ -63,7 +63,6 @@ def movement(checkpoint: Checkpoint, noised: Rows, n_loops: int, t: float, unit:
     if unit:
         residual, target = residual / norm, target / _norm(target)
     moves = dynamics(residual, topology, fixed_point=target)
-    moves["contraction"] = contraction(moves.distance_to_fixed_point)
     moves["last_step"] = measurement(target.last_step.values, ("layer", "batch", "pos"), units="1",
                                      long_name="relative step size at the fixed point",
                                      definition=f"‖X_k − X_(k−1)‖ / ‖X_(k−1)‖ at loop {FIXED_POINT_LOOPS - 1}, states "

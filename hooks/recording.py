@@ -13,7 +13,7 @@ model, and never answers "the last loop" by accident: a looped name needs a loop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,8 @@ Reducer = Callable[[Tensor, str], Tensor]
 """A function of (activation, site) that runs inside the hook and returns what to keep; the site says the
 loop (``blocks.2.hook_resid_post@3``). One with a method ``dims`` also names its axes: see `hooks.reducers`."""
 
-Cut = slice | Tensor
-"""Which of an axis to keep: a slice, or a tensor of indices, or of booleans."""
+Cut = slice | Tensor | Sequence[int] | Sequence[bool]
+"""Which of an axis to keep: a slice, or indices, or booleans."""
 
 _AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("attn.hook_pattern", "attn.hook_attn_scores"), ("batch", "head", "query", "key")),
@@ -58,11 +58,12 @@ def axes_at(hook: Any) -> tuple[str, ...]:
     return getattr(hook, "axes", None) or axes_of(hook.name)
 
 
-def positions(tokens: Tensor, mask_token_id: int, only: str) -> Tensor:
-    """The masked or the visible positions of ``tokens``, boolean [batch, pos]."""
+def positions(tokens: Tensor, mask_token_id: int, only: str, *, real: Tensor | None = None) -> Tensor:
+    """The masked or the visible positions of ``tokens``, boolean [batch, pos], among the ``real`` ones if given."""
     if only not in ("masked", "visible"):
         raise ValueError(f"only must be 'masked' or 'visible', not {only!r}.")
-    return (tokens == mask_token_id) == (only == "masked")
+    chosen = (tokens == mask_token_id) == (only == "masked")
+    return chosen if real is None else chosen & real
 
 
 class Recorder:
@@ -77,7 +78,8 @@ class Recorder:
 
     def __init__(self, *, reduce: Reducer | None = None, pos: Cut | None = None, batch: Cut | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None):
-        self.reduce, self.pos, self.batch, self.dtype, self.device = reduce, pos, batch, dtype, device
+        self.reduce, self.dtype, self.device = reduce, dtype, device
+        self.pos, self.batch = chooser(pos), chooser(batch)
         self.plain = all(option is None for option in (reduce, pos, batch, dtype, device))
         self.held: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -143,6 +145,14 @@ class Recorder:
                              f"{[value.shape[0], value.shape[axis]]}, not {pos.dtype} {list(pos.shape)}.")
         rest = tuple(name for i, name in enumerate(axes) if i not in (0, axis))
         return value.movedim(axis, 1)[pos], ("point", *rest)
+
+
+def chooser(cut: Cut | None) -> slice | Tensor | None:
+    """``cut`` as a slice or a tensor of indices or booleans."""
+    if cut is None or isinstance(cut, (slice, Tensor)):
+        return cut
+    chosen = torch.as_tensor(cut)
+    return chosen if chosen.numel() else chosen.long()  # an empty list chooses nothing
 
 
 class Shelf:

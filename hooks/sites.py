@@ -24,8 +24,9 @@ from typing import Any
 LoopAxes = tuple[tuple[str, int], ...]
 """How a name is looped: (letter, count) per nesting level, outermost first; () if it is not."""
 
-SitePattern = str | Callable[[str], bool] | Iterable[str] | None
-"""What a user may write: one pattern, several, a predicate on names (without loops), or None for all."""
+SitePattern = str | re.Pattern[str] | Callable[[str], bool] | Iterable[str | re.Pattern[str]] | None
+"""What a user may write: a name or glob, a compiled regular expression that is searched for in names, several of
+these, a predicate on names (names are without loops in both), or None for all."""
 
 
 class SiteError(ValueError, KeyError):
@@ -134,12 +135,8 @@ class SiteSpace:
         if patterns is None:
             return self.all()
         if callable(patterns):
-            chosen = [site for name in self.names if patterns(name) for site in self.firings(name)]
-            if not chosen:
-                raise SiteError("names_filter accepted none of the sites of this run; "
-                                f"they are, for example, {self._some(self.names)}.")
-            return chosen
-        wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+            return self._accepted(patterns, "names_filter accepted")
+        wanted = [patterns] if isinstance(patterns, (str, re.Pattern)) else list(patterns)
         if not wanted:
             raise SiteError("An empty list of sites was given: name at least one, or pass None for all.")
         if len(wanted) == 1:
@@ -158,12 +155,21 @@ class SiteSpace:
 
     # ------------------------------------------------------------------ private
 
+    def _accepted(self, predicate: Callable[[str], object], what: str) -> list[Site]:
+        chosen = [site for name in self.names if predicate(name) for site in self.firings(name)]
+        if not chosen:
+            raise SiteError(f"{what} none of the sites of this run; they are, for example, {self._some(self.names)}.")
+        return chosen
+
     def _rank(self, name: str) -> Any:
         if not self._ranks:
             self._ranks = {known: i for i, known in enumerate(self.names)}
         return self._ranks[name]
 
-    def _resolve_one(self, pattern: str) -> list[Site]:
+    def _resolve_one(self, pattern: str | re.Pattern[str]) -> list[Site]:
+        if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+            hint = " (names have no loops: choose those with a glob, 'name@3')" if "@" in pattern.pattern else ""
+            return self._accepted(pattern.search, f"re.compile({pattern.pattern!r}){hint} is found in")
         if not isinstance(pattern, str):
             raise SiteError(f"A site is a string such as 'blocks.0.hook_resid_post', not {pattern!r}.")
         if pattern not in self._resolved:

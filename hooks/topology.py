@@ -32,7 +32,8 @@ class Topology:
     """Which layers are looped, and how often in this run.
 
     ``n_head``, ``n_mid`` and ``n_tail`` count the places before, in and after the loop. ``places`` names them in
-    that order; by default they are ``blocks.0``, ``blocks.1`` … of a LoopMDM.
+    that order; by default they are ``blocks.0``, ``blocks.1`` … of a LoopMDM. ``aliases`` are pairs of a LoopMDM's
+    name of a hook and the model's own: ("hook_resid_post", "hook_out").
     """
 
     n_head: int
@@ -40,6 +41,7 @@ class Topology:
     n_tail: int
     n_loops: int
     places: tuple[Place, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.places and len(self.places) != self.n_layers:
@@ -76,7 +78,7 @@ class Topology:
     def site_at(self, depth: int, hook: str = "hook_resid_post") -> str:
         """The site of ``hook`` at an unrolled depth: ``site_at(3) == "blocks.1.hook_resid_post@1"``."""
         index, loop = self._order[depth]
-        place = self._place(index)
+        place, hook = self._place(index), dict(self.aliases).get(hook, hook)
         at = place.at.format(k=loop)
         return f"{place.name}.{hook}@{at}" if at else f"{place.name}.{hook}"
 

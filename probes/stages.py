@@ -1,6 +1,6 @@
-"""The stage test: does a looped model re-run the same operation, and does the content advance?
+"""What is alike from loop to loop: what a layer does, where its attention goes, and what can be read out.
 
-Two questions that are easily confused (2604.11791 asks the first):
+Two questions about a looped model that are easily confused (2604.11791 asks the first):
 
 - **operation**: is what a layer *does* in one loop what it does in the next? Read off attention
   patterns (the same layer across loops against different layers) and off a signature of each
@@ -10,15 +10,20 @@ Two questions that are easily confused (2604.11791 asks the first):
 The control for both is an unlooped network of the same depth, cut into pseudo-loops. Everything
 here keeps an ``example`` axis, so that intervals come from resampling examples.
 
+Pattern distances describe; they decide nothing: shared weights make the same layer alike in all loops whether or
+not anything was learned. A statistic that has no value (one looped layer leaves no other layer to compare with;
+uniform attention differs nowhere) raises NotDefinedError with the reason.
+
     cycle = loop_cycle(model.config, n_loops=4)
-    gram = pattern_gram(model, noised, cycle)
-    within, between = repeat_distances(gram)                 # each [example]
+    distances = head_distances(pattern_gram(model, noised, cycle))
+    same, other = same_layer_distance(distances), other_layer_distance(distances)     # each [example]
+    distance_ratio(same.mean(), other.mean())
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,6 +49,16 @@ FEATURES = {
     "effective_rank": ("effective rank", "exp of the entropy of σ/Σσ of X_post [pos, d_model] (Roy & Vetterli 2007)"),
 }
 """What a layer's signature is made of: long name and definition of each number."""
+
+PATTERN_ROUNDING = 1e-3
+"""Distances of attention patterns below this are float32 rounding (d² is good to about 1e-6), and count as 0."""
+
+FEATURE_ROUNDING = 1e-5
+"""A feature of the signature whose standard deviation is below this does not vary: float32 rounding."""
+
+
+class NotDefinedError(ValueError):
+    """A statistic has no value here. The message is the reason, worded to follow "not defined because …"."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,8 @@ def signature(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], targets:
 
 def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor, masked: Bool[Tensor, "example pos"],
                   condition: Tensor | None) -> Float[Tensor, "example feature"]:
-    pre, attn_out, mlp_out, post, pattern = activations
+    before, after = (F.log_softmax(_wide(model.unembed(activations[i], condition)), -1) for i in (0, 3))
+    pre, attn_out, mlp_out, post, pattern = map(_wide, activations)
     on = masked.float()
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
@@ -132,7 +148,6 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
     attention, mlp = attn_out.norm(dim=-1), mlp_out.norm(dim=-1)
     entropy = -(pattern * pattern.clamp_min(1e-12).log()).sum(-1).mean(1)
     to_masked = (pattern * on[:, None, None]).sum(-1).mean(1)
-    before, after = (F.log_softmax(model.unembed(x, condition), -1) for x in (pre, post))
     gain = (after - before).gather(-1, truth[..., None])[..., 0]
     spectrum = torch.linalg.svdvals(post)
     spectrum = spectrum / spectrum.sum(-1, keepdim=True)
@@ -145,17 +160,35 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
     ], 1)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: what is computed from an activation shall not be rounded as the activation was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def example_mean(values: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "..."]:
+    """Mean over the examples in which a value is defined; NaN where it is in none."""
+    defined = np.isfinite(values)
+    count = defined.sum(0)
+    return np.where(count > 0, np.where(defined, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+
+
 def variance_partition(mean: Float[np.ndarray, "loop layer feature"]) -> dict[str, float]:
     """Shares of a signature's variance by layer-in-cycle, by loop, and interaction; they sum to 1.
 
     A two-way decomposition without replicates per feature, averaged over the features that vary.
     By chance alone K loops × L layers give the shares (L−1), (K−1) and (K−1)(L−1) over (KL−1).
+    Raises NotDefinedError for one loop or one layer, and if no feature varies by more than rounding.
     """
+    for size, name in zip(mean.shape[:2], ("loop", "layer"), strict=True):
+        if size < 2:
+            raise NotDefinedError(f"there is one {name} only, which leaves no variance by {name}")
     grand = mean.mean((0, 1), keepdims=True)
     by_layer = ((mean.mean(0, keepdims=True) - grand) ** 2).sum((0, 1)) * mean.shape[0]
     by_loop = ((mean.mean(1, keepdims=True) - grand) ** 2).sum((0, 1)) * mean.shape[1]
     total = ((mean - grand) ** 2).sum((0, 1))
-    varies = np.isfinite(total) & (total > 1e-20)
+    varies = np.isfinite(total) & (total > mean.shape[0] * mean.shape[1] * FEATURE_ROUNDING ** 2)
+    if not varies.any():
+        raise NotDefinedError("no feature of the signature varies over loops and layers")
     layer = float((by_layer[varies] / total[varies]).mean())
     loop = float((by_loop[varies] / total[varies]).mean())
     return {"layer": layer, "loop": loop, "interaction": 1 - layer - loop}
@@ -165,8 +198,12 @@ def profile_correlation(a: Float[np.ndarray, "layer feature"], b: Float[np.ndarr
     """Pearson correlation of two models' layer profiles, each feature standardised over layers first.
 
     NaN features are left out. 1 means that layer by layer the two do the same.
+    Raises NotDefinedError if no feature varies over the layers of both models by more than rounding.
     """
-    keep = np.isfinite(a).all(0) & np.isfinite(b).all(0) & (a.std(0) > 1e-12) & (b.std(0) > 1e-12)
+    keep = (np.isfinite(a).all(0) & np.isfinite(b).all(0)
+            & (a.std(0) > FEATURE_ROUNDING) & (b.std(0) > FEATURE_ROUNDING))
+    if not keep.any():
+        raise NotDefinedError("no feature of the signature varies over the layers of both models")
     a, b = ((x[:, keep] - x[:, keep].mean(0)) / x[:, keep].std(0) for x in (a, b))
     return float((a * b).mean())
 
@@ -185,7 +222,7 @@ def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle
     parts = []
     for start in range(0, len(noised), chunk):
         _, rec = model.run_with_cache(noised[start:start + chunk], cycle.topology.n_loops, t=t, names_filter=sites)
-        flat = torch.stack([rec[site] for site in sites], 1).flatten(3).flatten(1, 2)
+        flat = torch.stack([_wide(rec[site]) for site in sites], 1).flatten(3).flatten(1, 2)
         parts.append(flat @ flat.transpose(1, 2))
     index = np.array([(k, i, h) for k in range(cycle.n_loops) for i in range(cycle.n_layers)
                       for h in range(model.config.n_heads)])
@@ -202,11 +239,13 @@ def head_distances(gram: xr.DataArray) -> xr.DataArray:
     d = ‖A − B‖_F / √(‖A‖²_F + ‖B‖²_F), 0 for equal patterns and 1 for disjoint ones, averaged over heads.
     Heads have no common order in different layers, so each pair of layers is given the matching of heads
     (Hungarian, on the mean over examples) under which they are nearest: the comparison favours "same".
+    Distances below `PATTERN_ROUNDING` are 0.
     """
     products = gram.values
     squares = np.einsum("eaa->ea", products)
     total = squares[:, :, None] + squares[:, None, :]
     distance = np.sqrt(np.clip(total - 2 * products, 0, None) / np.maximum(total, 1e-12))
+    distance = np.where(distance < PATTERN_ROUNDING, 0, distance)
     heads = int(gram.head_a.max()) + 1
     n = products.shape[1] // heads
     blocks = distance.reshape(len(distance), n, heads, n, heads)
@@ -264,13 +303,29 @@ def _matched_heads(gram: xr.DataArray, p: int, q: int) -> Int[np.ndarray, "head"
     return linear_sum_assignment(distance)[1]
 
 
-def repeat_distances(distances: xr.DataArray) -> tuple[Float[np.ndarray, "example"], Float[np.ndarray, "example"]]:
-    """(same layer in different loops, different layers): mean pattern distance per example."""
-    layer, loop = distances.layer.values, distances.loop.values
-    same_layer = layer[:, None] == layer[None]
-    other_loop = loop[:, None] != loop[None]
-    values = distances.values
-    return values[:, same_layer & other_loop].mean(1), values[:, ~same_layer].mean(1)
+def same_layer_distance(distances: xr.DataArray) -> Float[np.ndarray, "example"]:
+    """Mean distance of a layer's patterns in two different loops. NotDefinedError if there is one loop only."""
+    same = distances.layer.values[:, None] == distances.layer.values[None]
+    other_loop = distances.loop.values[:, None] != distances.loop.values[None]
+    if not other_loop.any():
+        raise NotDefinedError("there is one loop only, and no other loop to compare it with")
+    return distances.values[:, same & other_loop].mean(1)
+
+
+def other_layer_distance(distances: xr.DataArray) -> Float[np.ndarray, "example"]:
+    """Mean distance of two different layers' patterns, loops alike or not. NotDefinedError if there is one layer."""
+    other = distances.layer.values[:, None] != distances.layer.values[None]
+    if not other.any():
+        raise NotDefinedError("one layer is looped, and there is no other layer to compare it with")
+    return distances.values[:, other].mean(1)
+
+
+def distance_ratio(same: float, other: float) -> float:
+    """Distance of the same layer over loops ÷ that of different layers. NotDefinedError if the latter is 0."""
+    if other == 0:
+        raise NotDefinedError("the attention patterns of different layers do not differ, and nothing can be divided "
+                              "by their distance")
+    return float(same / other)
 
 
 # -------------------------------------------------------------------- intervals
@@ -286,18 +341,52 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    def below(self, other: Interval | float) -> bool:
-        """Does the whole interval lie below a number, or below another whole interval?"""
-        return self.high < (other.low if isinstance(other, Interval) else other)
+
+@dataclass(frozen=True)
+class Spread(Interval):
+    """One number of each of several models: ``value`` is their mean, ``low`` and ``high`` the least and greatest."""
+
+    each: tuple[float, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, each: Sequence[float]) -> Spread:
+        return cls(float(np.mean(each)), min(each), max(each), tuple(each))
 
 
-def bootstrap(statistic: Callable[..., float], *samples: Float[np.ndarray, "example ..."], seed: int = 0,
-              n_resamples: int = 500) -> Interval:
-    """Percentile interval of ``statistic(*samples)`` under resampling of examples, the first axis (Efron 1979)."""
+@dataclass(frozen=True)
+class NotDefined:
+    """In place of an interval: there is no value, and why."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not defined because {self.reason}"
+
+
+def bootstrap(statistic: Callable[..., float], *samples: Float[np.ndarray, "example ..."] | xr.DataArray,
+              seed: int = 0, n_resamples: int = 500) -> Interval:
+    """Percentile interval of ``statistic(*samples)`` under resampling of examples, the first axis (Efron 1979).
+
+    Raises NotDefinedError if the statistic raises it, or is not a finite number, for the examples as they are or
+    for more than half of the resamples; fewer such resamples are left out.
+    """
     rng, n = np.random.default_rng(seed), len(samples[0])
+    value = _finite(statistic, samples)
     draws = []
     for _ in range(n_resamples):
         picked = rng.integers(0, n, n)
-        draws.append(statistic(*(sample[picked] for sample in samples)))
+        try:
+            draws.append(_finite(statistic, tuple(sample[picked] for sample in samples)))
+        except NotDefinedError as error:
+            reason = str(error)
+    if len(draws) < n_resamples / 2:
+        raise NotDefinedError(f"in most resamples of the examples {reason}")
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(statistic(*samples)), float(low), float(high))
+    return Interval(value, float(low), float(high))
+
+
+def _finite(statistic: Callable[..., float], samples: tuple[Any, ...]) -> float:
+    value = float(statistic(*samples))
+    if not np.isfinite(value):
+        raise NotDefinedError("it is not a finite number for some example")
+    return value

@@ -1,12 +1,14 @@
-"""What decides whether the loops settle? One change of the LoopMDM at a time, measured alike.
+"""What decides whether the state's direction settles? One change of the LoopMDM at a time, measured alike.
 
     python studies/pretrain.py --preset ablation-injection   # and the other ablation-* presets, all listed by --list
     python studies/ablations.py                              # writes results/ablations-automaton/ and ablations.md
+    python studies/ablations.py --render                     # words, table and pages again, from what was measured
 
 Blayney et al. (2604.11791) report that in looped language models each layer of the cycle tends to its own fixed
 point, and that block size, input injection and normalisation decide whether it does. Every variant here was trained
 on the same task for the same FLOPs; `studies.presets.ABLATIONS` says what each changes. Seeds of a variant are
-averaged, and the seeds of the base say how much chance alone moves a number.
+averaged, and the seeds of the base say how much chance alone moves a number. Where the norm of the state grows on,
+there is no fixed point; then "converged" is said of the state's direction.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ import xarray as xr
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM
-from probes.geometry import classify_tokens, contraction, dynamics, fixed_point
+from probes.geometry import classify_tokens, dynamics, fixed_point
 from probes.measurement import measurement
 from probes.stages import Cycle, head_distances, loop_cycle, pattern_gram
 from studies.ablations_report import figures, page, report, words
+from studies.checks import at_least
 from studies.claims_measure import loop_counts, looped
-from studies.results import RESULTS, provenance, write_results
+from studies.results import RESULTS, provenance, read_results, write_results
 from studies.zoo import ZOO, Entry, load, names, read_card
 
 SETTLED = 128
@@ -40,18 +43,22 @@ MEASURES: dict[str, tuple[str, str]] = {
     "exact": ("examples right at S_max", "every free position masked, one forward of S_max loops"),
     "exact_more": ("examples right at 2 · S_max", "the same with twice the loops of training"),
     "cells_once": ("cells right at S = 1", "share of free positions right after one loop"),
-    "converged": ("share of states that converge", "cos(X_k, X*) ≥ 0.99 in the last 3 of 32 loops, X* after 128"),
-    "cyclic": ("share of states that cycle", "nearer, with cosine ≥ 0.99, to the state 2 to 4 loops ago than to the "
-               "last"),
-    "contraction": ("contraction factor per loop", "exp of the median slope of log ‖X_k − X*‖/‖X*‖ over loops 1 to 32, "
-                    "states of norm 1"),
-    "last_step": ("relative step at loop 128", "median of ‖X_k − X_(k−1)‖ / ‖X_(k−1)‖"),
+    "converged": ("share of states whose direction settles", "cos(X_k, X*) ≥ 0.99 in the last 3 of 32 loops, X* after "
+                  "128"),
+    "cyclic": ("share of states whose direction cycles", "nearer, with cosine ≥ 0.99, to the state 2 to 4 loops ago "
+               "than to the last"),
     "step_cosine": ("cosine of successive steps", "median of cos(Δ_k, Δ_(k−1)) over loops 3 to S_max"),
     "norm_growth": ("growth of the state", "median of ‖X_32‖ / ‖X_8‖"),
     "attention_change": ("change of attention from loop to loop", "distance between a layer's patterns in loops k and "
                          "k − 1, at k = S_max ÷ the mean over all pairs of loops up to S_max"),
 }
 """Key, name and definition of each number; states are those after the looped layers, at masked positions."""
+
+UNDEFINED = {
+    "step_cosine": "no state moves in two successive loops up to S_max",
+    "attention_change": "attention is the same in all loops up to S_max",
+}
+"""Why a number may have no value; the others always have one."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,11 @@ class Ablations:
     """Where the models are."""
     results: Path = RESULTS
     """Where the results go."""
+    render: bool = False
+    """Measure nothing: write words, table and pages again from the measurements that are there."""
+
+    def __post_init__(self) -> None:
+        at_least(1, examples=self.examples)
 
 
 def find(task: str, zoo: Path) -> dict[str, dict[int, Entry]]:
@@ -98,14 +110,11 @@ def measure(entry: Entry, *, examples: int, seed: int) -> tuple[dict[str, float]
     moves = dynamics(residual / norm, topology, fixed_point=target / _norm(target))
     masked = (noised == task.mask_token_id).numpy()
     classes = classify_tokens(residual, topology, fixed_point=target).token_class.values[:, masked]
-    slope = contraction(moves.distance_to_fixed_point).values[:, masked]
     looped_norm = norm.values[topology.n_head:topology.n_head + 32 * topology.n_mid].reshape(32, -1, *masked.shape)
     numbers = {
         "exact": float(scores[s_max]["exact"].mean()), "exact_more": float(scores[2 * s_max]["exact"].mean()),
         "cells_once": float(scores[1]["cells"].mean()),
         "converged": float((classes == 2).mean()), "cyclic": float((classes == 1).mean()),
-        "contraction": float(np.exp(_median(slope))),
-        "last_step": float(np.median(target.last_step.values[:, masked])),
         "step_cosine": _median(moves.step_cosine.values[2:s_max][..., masked]),
         "norm_growth": float(np.median((looped_norm[31] / looped_norm[7])[:, masked])),
         "attention_change": attention_change(model, noised[:16])}
@@ -119,7 +128,7 @@ def attention_change(model: HookedLoopMDM, noised: torch.Tensor) -> float:
     by_layer = distance.reshape(cycle.n_loops, cycle.n_layers, cycle.n_loops, cycle.n_layers)
     same = np.stack([by_layer[:, layer, :, layer] for layer in range(cycle.n_layers)]).mean(0)   # [loop, loop]
     pairs = same[np.triu_indices(cycle.n_loops, k=1)]
-    return float(same[-1, -2] / pairs.mean()) if pairs.mean() else float("nan")   # NaN: attention never changes
+    return float(same[-1, -2] / pairs.mean()) if pairs.any() else float("nan")   # NaN: attention never changes
 
 
 def _curves(scores: dict[int, dict[str, torch.Tensor]], moves: xr.Dataset, masked: np.ndarray) -> xr.Dataset:
@@ -150,7 +159,9 @@ def _norm(states: xr.DataArray) -> xr.DataArray:
 
 
 def main(args: Ablations) -> int:
-    """Run the study; 2 if the zoo holds no ablations with a base."""
+    """Run the study; 2 if the zoo holds no ablations with a base, or nothing is there to be rendered."""
+    if args.render:
+        return render(args)
     began = time.monotonic()
     found = find(args.task, args.zoo)
     if "base" not in found or len(found) < 2:
@@ -171,18 +182,41 @@ def main(args: Ablations) -> int:
     joined = xr.concat([xr.concat(parts, "seed", join="outer").mean("seed", keep_attrs=True)
                         for parts in curves.values()],
                        dim=xr.Variable("change", list(curves)), join="outer", combine_attrs="override")
-    measures = {key: {"name": name, "definition": text} for key, (name, text) in MEASURES.items()}
     entries = [entry for seeds in found.values() for entry in seeds.values()]
-    verdict = {"ablations": table, "measures": measures, "words": words(table), "task": args.task,
-               "setting": {"examples": args.examples, "task": entries[0].task.to_dict(), "settled": SETTLED},
+    verdict = {"task": args.task, "setting": {"examples": args.examples, "task": entries[0].task.to_dict(),
+                                              "settled": SETTLED},
                "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
-    drawn_figures = figures(joined)
-    folder = write_results(args.results / f"ablations-{args.task}", verdict=verdict, datasets={"curves": joined},
-                           html=report(verdict, drawn_figures))
+    write(args, {**verdict, "ablations": table}, joined)
+    return 0
+
+
+def render(args: Ablations) -> int:
+    """Words, table and pages from stored measurements; 2 if there are none, or a measure is not among them."""
+    try:
+        results = read_results(args.results / f"ablations-{args.task}")
+    except FileNotFoundError as error:
+        print(f"{error} Without --render, `python studies/ablations.py` measures.", file=sys.stderr)
+        return 2
+    table = results.verdict["ablations"]
+    if missing := sorted({key for row in table for key in MEASURES if key not in row["values"]}):
+        print(f"{results.path} lacks the measures {', '.join(missing)}: measure again, without --render.",
+              file=sys.stderr)
+        return 2
+    write(args, {**results.verdict, "ablations": [
+        {**row, "values": {key: row["values"][key] for key in MEASURES}} for row in table]}, results.datasets["curves"])
+    return 0
+
+
+def write(args: Ablations, measured: dict[str, Any], curves: xr.Dataset) -> None:
+    """The results folder and ablations.md, in the words of today, from what was measured."""
+    verdict = {**measured, "words": words(measured["ablations"]), "measures": {
+        key: {"name": name, "definition": text, "undefined": UNDEFINED.get(key, "")}
+        for key, (name, text) in MEASURES.items()}}
+    folder = write_results(args.results / f"ablations-{args.task}", verdict=verdict, datasets={"curves": curves},
+                           html=report(verdict, figures(curves)))
     (args.results / "ablations.md").write_text(page(verdict))
     print(page(verdict))
-    print(f"Written to {folder} in {time.monotonic() - began:.0f} s")
-    return 0
+    print(f"Written to {folder}")
 
 
 if __name__ == "__main__":

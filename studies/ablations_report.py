@@ -33,37 +33,60 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 SHARES = {"exact", "exact_more", "cells_once", "converged", "cyclic"}
 
+TITLE = "What decides whether the state's direction settles"
+
+SMALLEST = 0.05
+"""A change is told if it leaves the range of the base's seeds by at least this share."""
+GROWS = 1.1
+"""From this growth of its norm between loops 8 and 32 on, a state is said to grow."""
+
 
 def words(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence per measure that a change moves further than the base's seeds differ among themselves."""
+    """What changes move by at least `SMALLEST` beyond the range of the base's seeds, and whether states grow."""
     base = next(row for row in table if row["change"] == "base")["values"]
     sentences = []
-    for key, noun in (("converged", "the share of states that converge"), ("exact", "accuracy at S_max"),
-                      ("contraction", "the contraction factor per loop")):
+    for key, noun in (("converged", "the share of states whose direction settles"),
+                      ("exact", "the share of examples right at S_max")):
         seeds = _finite(base[key])
         if not len(seeds):
             continue
         low, high = round(float(seeds.min()), 2), round(float(seeds.max()), 2)   # as printed
         outside = [(row["change"], round(float(_finite(row["values"][key]).mean()), 2)) for row in table
                    if row["change"] != "base" and len(_finite(row["values"][key]))]
-        above = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if v > high]
-        below = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if v < low]
+        above = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if round(v - high, 2) >= SMALLEST]
+        below = [f"{CHANGES.get(c, c)} ({v:.2f})" for c, v in outside if round(low - v, 2) >= SMALLEST]
         spread = f"{low:.2f}" if len(seeds) == 1 else f"{low:.2f} to {high:.2f} over {len(seeds)} seeds"
-        sentences.append(f"In the base {noun} is {spread}; it is higher with {', '.join(above) or 'none'}, and lower "
-                         f"with {', '.join(below) or 'none'}.")
-    return sentences
+        sentences.append(f"In the base {noun} is {spread}. Higher than that by at least {SMALLEST:g}: "
+                         f"{', '.join(above) or 'none'}; lower by as much: {', '.join(below) or 'none'}.")
+    return sentences + _on_growth(table)
+
+
+def _on_growth(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Do states come to rest at all? Their norms say."""
+    growth = [float(seen.mean()) for row in table if len(seen := _finite(row["values"]["norm_growth"]))]
+    if not growth:
+        return []
+    growing = sum(factor >= GROWS for factor in growth)
+    sentence = (f"From loop 8 to loop 32 the norm of the state grows by a factor of {min(growth):.1f} to "
+                f"{max(growth):.1f}")
+    if growing == len(growth):
+        return [f"{sentence} in all {growing} variants: no state comes to rest, and only its direction can settle."]
+    return [f"{sentence}, by {GROWS:g} or more in {growing} of {len(growth)} variants; there no state comes to rest, "
+            "and only its direction can settle."]
 
 
 def figures(curves: xr.Dataset) -> dict[str, tuple[str, go.Figure]]:
-    """Accuracy over S, distance to the fixed point and step size over loops, a line per change."""
+    """Accuracy over S, and over loops how far the state's direction is from its last one and turns; a line per change.
+    """
     style = {change: (colour, dash) for colour, changes in ASKED.items()
              for change, dash in zip(changes, DASHES, strict=False)}
     drawn = {}
     for name, title, what, x_title, y_title, log in (
             ("cells", "Accuracy over loops", "Each line is one change; the base is black, a colour is one question.",
              "loops S in one forward", "share of free cells right", False),
-            ("distance", "Distance to the fixed point", "A straight fall is a contraction by a constant factor per "
-             "loop; a level line goes nowhere.", "loop", "‖X_k − X*‖, states of norm 1", True),
+            ("distance", "Distance of the direction from its last one", "States scaled to norm 1; X* is the state "
+             "after 128 loops. The norm is not seen here, and may grow all the while.", "loop",
+             "‖X_k − X*‖, states of norm 1", True),
             ("step", "Step size", "How far the direction of the state still turns in a loop.", "loop",
              "‖X_k − X_(k−1)‖, states of norm 1", True)):
         figure = go.Figure()
@@ -91,6 +114,17 @@ def rows(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
             for row in verdict["ablations"]]
 
 
+def notes(verdict: Mapping[str, Any]) -> list[str]:
+    """Why numbers of the table are not defined, a sentence per measure."""
+    told = []
+    for key, measure in verdict["measures"].items():
+        gaps = [row["change"] for row in verdict["ablations"] if not len(_finite(row["values"][key]))]
+        if gaps:
+            told.append(f"{measure['name'][:1].upper()}{measure['name'][1:]} ({', '.join(gaps)}): not defined because "
+                        f"{measure['undefined']}.")
+    return told
+
+
 def page(verdict: Mapping[str, Any]) -> str:
     """results/ablations.md."""
     listed = rows(verdict)
@@ -101,10 +135,10 @@ def page(verdict: Mapping[str, Any]) -> str:
              "masked. "
              "Ranges in brackets are over training seeds; a number without one is a single run, and says little unless "
              "it lies far outside the base's range.")
-    lines = ["# What decides whether the loops settle", "", intro, "",
+    lines = [f"# {TITLE}", "", intro, "",
              *[f"- {sentence}" for sentence in verdict["words"]], "",
              "| " + " | ".join(listed[0]) + " |", "|---" * len(listed[0]) + "|",
-             *["| " + " | ".join(row.values()) + " |" for row in listed], "",
+             *["| " + " | ".join(row.values()) + " |" for row in listed], "", *(f"{note}\n" for note in notes(verdict)),
              *[f"- *{m['name']}*: {m['definition']}." for m in verdict["measures"].values()], "",
              f"Figures: [live](ablations-{verdict['task']}/report.html)."]
     return "\n".join(lines) + "\n"
@@ -117,7 +151,8 @@ def report(verdict: Mapping[str, Any], drawn: Mapping[str, tuple[str, go.Figure]
     body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
                    for row in listed)
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdict["words"])
-    parts = [f"<h1>What decides whether the loops settle</h1><ul>{told}</ul><table><tr>{head}</tr>{body}</table>"]
+    told_of_gaps = "".join(f"<p>{html.escape(note)}</p>" for note in notes(verdict))
+    parts = [f"<h1>{TITLE}</h1><ul>{told}</ul><table><tr>{head}</tr>{body}</table>{told_of_gaps}"]
     for number, (title, (what, figure)) in enumerate(drawn.items()):
         picture = figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
         parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(what)}</p>{picture}")
@@ -136,7 +171,7 @@ def _finite(values: Sequence[float | None]) -> np.ndarray:
 def _cell(key: str, values: Sequence[float | None]) -> str:
     seen = _finite(values)
     if not len(seen):
-        return "–"
+        return "not defined"
 
     def one(value: float) -> str:
         return f"{value:.1%}" if key in SHARES else f"{value:.3g}"

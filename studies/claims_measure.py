@@ -27,7 +27,7 @@ from hooks.model.diffusion import SamplerConfig, antithetic_t, corrupt, sample
 from probes.attention import attention_summary
 from probes.measurement import measurement
 from studies.tasks import Batch, Task
-from studies.zoo import Entry
+from studies.zoo import Entry, read_metrics
 
 PAPER = "arXiv 2605.26106"
 THRESHOLDS = (0.003, *(i / 100 for i in range(1, 31)), 0.4, 0.5)
@@ -65,26 +65,41 @@ def measure(models: Mapping[str, Entry], setting: Setting,
 def training_curves(models: Mapping[str, Entry], setting: Setting) -> xr.Dataset:
     """NELBO over training FLOPs, and the FLOPs a twin needs ÷ those the LoopMDM needs to match its last NELBO.
 
-    ``flops_ratio`` (kind) is 0 if the LoopMDM never reaches it. Curves come from the cards' metrics; between two
-    evaluations they are read as straight lines.
+    Where the LoopMDM never reaches it, ``flops_ratio`` (kind) is that of the whole trainings, an upper bound, and
+    ``flops_ratio_side`` (kind) is −1; where it is there at its first evaluation, a lower bound, and 1; otherwise 0.
+    Curves come from the cards' metrics; between two evaluations they are read as straight lines.
     """
     share = np.linspace(0, 1, BUDGET_POINTS)[1:]
-    curves, ratios = [], []
-    tables = {kind: pd.read_parquet(entry.path / "metrics.parquet") for kind, entry in models.items()}
+    tables = {kind: read_metrics(entry.path) for kind, entry in models.items()}
     budget = max(float(table.flops.iloc[-1]) for table in tables.values())
-    for table in tables.values():
-        curves.append(np.interp(share * budget, table.flops, table.nelbo, left=np.nan))
-        reached = first_crossing(tables["loop"].flops.to_numpy(), tables["loop"].nelbo.to_numpy(),
-                                 float(table.nelbo.iloc[-1]))
-        ratios.append(0.0 if np.isnan(reached) else float(table.flops.iloc[-1]) / reached)
+    curves = [np.interp(share * budget, table.flops, table.nelbo, left=np.nan, right=np.nan)
+              for table in tables.values()]
+    ratios = [_flops_ratio(tables["loop"], table) for table in tables.values()]
+    kinds: dict[Any, Any] = {"kind": list(models)}
     return xr.Dataset({
         "nelbo": measurement(np.array(curves), ("kind", "flops"), long_name="held-out NELBO", units="nat",
                              definition="negative ELBO per free token, on the averaged weights", source=PAPER,
-                             coords={"kind": list(models), "flops": share * budget}),
-        "flops_ratio": measurement(ratios, ("kind",), long_name="training FLOPs ÷ those of the LoopMDM", units="1",
+                             coords={**kinds, "flops": share * budget}),
+        "flops_ratio": measurement([ratio for ratio, _ in ratios], ("kind",), units="1", source=PAPER, coords=kinds,
+                                   long_name="training FLOPs ÷ those of the LoopMDM",
                                    definition="FLOPs of a model's whole training ÷ FLOPs after which the LoopMDM first "
-                                   "has that model's last NELBO; 0 if it never has", source=PAPER,
-                                   coords={"kind": list(models)})})
+                                   "has that model's last NELBO; a bound where flops_ratio_side is not 0"),
+        "flops_ratio_side": measurement([side for _, side in ratios], ("kind",), units="1", source=PAPER, coords=kinds,
+                                        long_name="side of flops_ratio on which the ratio is",
+                                        definition="−1: below, the LoopMDM never has that NELBO; 1: above, it has it "
+                                        "at its first evaluation; 0: the ratio is known")})
+
+
+def _flops_ratio(loop: pd.DataFrame, other: pd.DataFrame) -> tuple[float, float]:
+    """(FLOPs of ``other`` ÷ those after which ``loop`` has its last NELBO, side on which the ratio is)."""
+    x, y = loop.flops.to_numpy(), loop.nelbo.to_numpy()
+    needed, total = float(other.flops.iloc[-1]), float(x[-1])
+    reached = first_crossing(x, y, float(other.nelbo.iloc[-1]))
+    if np.isnan(reached):
+        return needed / total, -1
+    if reached <= x[0]:
+        return needed / float(x[x > 0].min()), 1
+    return needed / reached, 0
 
 
 def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
@@ -283,10 +298,10 @@ def _sampled(model: HookedLoopMDM, task: Task, batch: Batch, *, n_loops: int, n_
 def looped(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], t: Float[Tensor, "batch"], loops: Sequence[int],
            ) -> Iterator[tuple[int, Float[Tensor, "batch pos vocab"], Float[Tensor, "batch"]]]:
     """(S, logits after S loops, relative change of the state by loop S) for each S in ``loops``, in one run."""
-    condition, embedded = model.condition(noised, t), model.embed_tokens(noised)
-    x = model.head(embedded, condition)
+    condition = model.condition(noised, t)
+    x, injected = model.begin(noised, condition)
     for k in range(max(loops)):
-        new = model.loop(x, k, embedded, condition)
+        new = model.loop(x, k, injected, condition)
         if k + 1 in loops:
             change = (new - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-12)
             yield k + 1, model.tail(new, condition), change

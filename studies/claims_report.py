@@ -10,10 +10,11 @@ import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from studies.claims_judge import Judgement
+from studies.claims_judge import SMALLEST_NAT, SMALLEST_RATIO, SMALLEST_SHARE, Judgement
 
 COLOURS = {"loop": "#0072B2", "deep": "#D55E00", "twin": "#009E73"}
 """Okabe and Ito's colour-blind safe palette, as in the other reports."""
@@ -21,6 +22,14 @@ NAMES = {"loop": "LoopMDM", "twin": "unlooped twin", "deep": "deep twin"}
 TITLES = {"a": "NELBO over training FLOPs", "b": "Exact accuracy at equal training FLOPs", "c": "Accuracy over loops",
           "d": "Loop gain by noise level", "e": "Mask-to-mask attention by loop", "f": "Adaptive looping",
           "g": "Loops against denoising steps"}
+
+HOW_JUDGED = ("Intervals are 95%: over seeds (Student's t, of the logarithm where the quantity is a ratio) where there "
+              "are several, else over held-out examples (bootstrap), which says nothing about another training run; "
+              "they end where the quantity's range does. A difference counts from "
+              f"{SMALLEST_NAT:g} nat, from {100 * SMALLEST_SHARE:g} points of accuracy and from {SMALLEST_SHARE:g} of "
+              f"attention, a ratio from {1 + SMALLEST_RATIO:g}: a claim holds if the whole interval is above that, and "
+              "does not if the whole interval is below.")
+"""How intervals are made and when a claim holds, in words."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,10 @@ def claim_figures(pooled: Mapping[str, xr.Dataset]) -> dict[str, go.Figure]:
     figures = {"a": go.Figure(), "b": go.Figure(), "c": go.Figure(), "d": go.Figure(), "e": go.Figure()}
     for kind in loops.kind.values:
         _seeds(figures["a"], pooled["training"].nelbo.sel(kind=kind), "flops", str(kind))
-    _laid_out(figures["a"], "training FLOPs", "held-out NELBO [nat per free token]", log_y=True)
+    _laid_out(figures["a"], "training FLOPs (thick line: mean of the seeds)" if loops.sizes["seed"] > 1
+              else "training FLOPs", "held-out NELBO [nat per free token]", log_y=True)
+    figures["a"].update_xaxes(exponentformat="power")
+    figures["a"].update_yaxes(dtick=1 if _decades(pooled["training"].nelbo) > 1 else None, exponentformat="power")
     for kind in loops.kind.values:
         at = loops.exact.sel(kind=kind, n_loops=s_max if kind == "loop" else 1).mean("example")
         figures["b"].add_bar(x=[NAMES[kind]], y=[float(at.mean("seed"))], marker_color=COLOURS[kind], name=NAMES[kind])
@@ -92,11 +104,39 @@ def _sampling_figure(data: xr.Dataset) -> go.Figure:
 
 def _seeds(figure: go.Figure, values: xr.DataArray, axis: str, kind: str, *, label: str | None = None,
            dash: str = "solid") -> None:
-    for seed in values.seed.values if values.sizes["seed"] > 1 else []:
-        figure.add_scatter(x=values[axis].values, y=values.sel(seed=seed).values, mode="lines", showlegend=False,
-                           opacity=0.35, line={"color": COLOURS[kind], "width": 1, "dash": dash})
-    figure.add_scatter(x=values[axis].values, y=values.mean("seed").values, mode="lines+markers",
-                       name=label or NAMES[kind], line={"color": COLOURS[kind], "width": 2.5, "dash": dash})
+    """A thin line per seed, and a thick one of their mean, if any was measured; values over (seed, ``axis``)."""
+    x, lines = seed_lines(values, axis)
+    if not lines:
+        return
+    for own_x, own_y in lines if len(lines) > 1 else []:
+        figure.add_scatter(x=own_x, y=own_y, mode="lines", showlegend=False, opacity=0.35,
+                           line={"color": COLOURS[kind], "width": 1, "dash": dash})
+    figure.add_scatter(x=x, y=np.mean([np.interp(x, own_x, own_y) for own_x, own_y in lines], axis=0),
+                       mode="lines+markers", name=label or NAMES[kind], marker={"size": 5},
+                       line={"color": COLOURS[kind], "width": 2.5, "dash": dash})
+
+
+def seed_lines(values: xr.DataArray, axis: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """(abscissae that every seed's line covers, [(x, y) of each measured seed]) of values over (seed, ``axis``).
+
+    Seeds need not share abscissae (the FLOPs of their evaluations differ), and a mean over those that happen to have
+    a value at one would jump from seed to seed: it is to be read off the lines, at the abscissae of the first.
+    """
+    x = values[axis].values
+    rows = values.transpose("seed", axis).values
+    lines = [(x[defined], row[defined]) for row, defined in zip(rows, ~np.isnan(rows), strict=True) if defined.any()]
+    if not lines:
+        return x[:0], []
+    first, last = max(own[0] for own, _ in lines), min(own[-1] for own, _ in lines)
+    shared = lines[0][0]
+    return shared[(shared >= first) & (shared <= last)], lines
+
+
+def _decades(values: xr.DataArray) -> float:
+    """Powers of ten between the least and the largest positive value; 0 where there is none."""
+    positive = values.where(values > 0)
+    ratio = float(positive.max() / positive.min())
+    return 0.0 if np.isnan(ratio) else float(np.log10(ratio))
 
 
 def _laid_out(figure: go.Figure, x: str, y: str, *, y_range: list[float] | None = None,
@@ -126,8 +166,7 @@ def claims_page(groups: list[Group], *, command: str, pictures: bool) -> str:
     lines = ["# The paper's claims, tested again", "",
              f"Made by `{command}`; measurements, figures and verdicts of each task are in `results/claims-*`. "
              "The claims are those of LoopMDM (arXiv 2605.26106), at the scale of this zoo (models of 0.2 to 1 million "
-             "parameters). Intervals are 95%: over seeds (Student's t) where there are several, else over held-out "
-             "examples (bootstrap), which says nothing about another training run.", "",
+             f"parameters). {HOW_JUDGED}", "",
              "| claim | " + " | ".join(group.name for group in groups) + " |", "|---" * (len(groups) + 1) + "|"]
     for letter in letters:
         lines.append(f"| ({letter}) {TITLES[letter]} | "
@@ -139,9 +178,9 @@ def claims_page(groups: list[Group], *, command: str, pictures: bool) -> str:
                   f"[Live figures](claims-{group.name}/report.html).", ""]
         for letter, judgement in group.judgements.items():
             lines += [f"### ({letter}) {judgement.claim}", "",
-                      f"**{judgement.word[0].upper()}{judgement.word[1:]}{', in part' * judgement.in_part}.** "
-                      f"{judgement.note.strip()}"
-                      + (f" Not measured: {judgement.missing}" if judgement.missing else ""), ""]
+                      " ".join(filter(None, (
+                          f"**{judgement.word[0].upper()}{judgement.word[1:]}{', in part' * judgement.in_part}.**",
+                          judgement.note, f"Not measured: {judgement.missing}" if judgement.missing else ""))), ""]
             lines += [f"- {q.text}" + ("" if q.bound is None else f" → {q.word}") for q in judgement.quantities]
             if pictures:
                 lines += ["", f"![{TITLES[letter]}](claims-{group.name}/{letter}.svg)"]

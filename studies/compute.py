@@ -3,6 +3,7 @@
     python studies/compute.py                              # every task of which there is a LoopMDM and a twin
     python studies/compute.py --groups automaton           # one task, all its seeds
     python studies/compute.py --examples 1024 --few 256    # with narrower intervals over examples
+    python studies/compute.py --stored                     # judge and draw again what was measured before
 
 (a) training FLOPs to the twin's NELBO, (b) the deep twin, (c) loops up to 4·S_max, (d) noise
 levels, (e) mask-to-mask attention, (f) adaptive looping, (g) loops against denoising steps.
@@ -13,24 +14,26 @@ Chromium; `--no-pictures` goes without).
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 import xarray as xr
 from tqdm import tqdm
 
+from studies.checks import at_least
 from studies.claims_judge import Judgement, judge
 from studies.claims_measure import Setting, measure
-from studies.claims_report import Group, claim_figures, claims_page, group_page
-from studies.results import RESULTS, provenance, write_results
-from studies.zoo import ZOO, Entry, load, names
+from studies.claims_report import TITLES, Group, claim_figures, claims_page, group_page
+from studies.results import RESULTS, provenance, read_results, write_results
+from studies.zoo import ZOO, Entry, Problem, load_whole, names, read_json, read_metrics, skipped
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Compute:
     """Held-out examples of the costlier (d), (e) and (g)."""
     seed: int = 0
     """Of examples, noise levels and masks."""
+    stored: bool = False
+    """Judge and draw the measurements in the results folder again; runs no model."""
     pictures: bool = True
     """Write figures as SVG files, too."""
     zoo: Path = ZOO
@@ -52,12 +57,17 @@ class Compute:
     results: Path = RESULTS
     """Where the results go."""
 
+    def __post_init__(self) -> None:
+        at_least(1, examples=self.examples, few=self.few)
 
-def find_groups(zoo: Path) -> dict[str, dict[int, dict[str, Entry]]]:
-    """group → seed → kind → entry; seeds of which there are a LoopMDM and a twin."""
+
+def find_groups(zoo: Path, *, check: Callable[[Path], Any] | None = None) -> dict[str, dict[int, dict[str, Entry]]]:
+    """group → seed → kind → entry; seeds of which there are a LoopMDM and a twin.
+
+    Entries that are damaged, or whose folder makes ``check`` raise, are left out with a warning each.
+    """
     found: dict[str, dict[int, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
-    for name in names(zoo):
-        entry = load(zoo / name)
+    for entry in load_whole((zoo / name for name in names(zoo)), check=check).values():
         variant = re.sub(r"(^|-)s\d+$", "", str(entry.card.get("variant", "")))
         group = "-".join(filter(None, (entry.task.name, variant)))
         found[group][int(entry.card["seed"])][entry.kind] = entry
@@ -88,13 +98,29 @@ def study(name: str, seeds: dict[int, dict[str, Entry]], args: Compute) -> None:
     pooled = pool({seed: measure(models, setting, progress) for seed, models in seeds.items()})
     bar.close()
     entries = [entry for models in seeds.values() for entry in models.values()]
-    judgements = judge(pooled)
-    group = Group(name, describe(entries[0]), list(seeds), [entry.name for entry in entries], judgements)
+    group = Group(name, describe(entries[0]), list(seeds), [entry.name for entry in entries], judge(pooled))
+    write(group, pooled, args, provenance(args, entries, seconds=time.monotonic() - began))
+
+
+def study_again(name: str, args: Compute) -> None:
+    """Judge and draw one group's stored measurements. FileNotFoundError or ValueError name what does not fit."""
+    results = read_results(args.results / f"claims-{name}")
+    saved, pooled = results.verdict, results.datasets
+    try:
+        group = Group(saved["group"], saved["task"], saved["seeds"], saved["entries"], judge(pooled))
+        write(group, pooled, args, saved["provenance"])
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"{results.path} lacks {error}: it was measured by another version. Measure it again with "
+                         f"`python studies/compute.py --groups {name}`.") from error
+
+
+def write(group: Group, pooled: dict[str, xr.Dataset], args: Compute, made: dict[str, Any]) -> None:
+    """The folder of one judged group."""
     figures = claim_figures(pooled)
-    verdict = {"group": name, "task": group.task, "seeds": group.seeds, "entries": group.entries,
-               "claims": {letter: judgement.to_dict() for letter, judgement in judgements.items()},
-               "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
-    folder = write_results(args.results / f"claims-{name}", verdict=verdict, datasets=pooled,
+    verdict = {"group": group.name, "task": group.task, "seeds": group.seeds, "entries": group.entries,
+               "claims": {letter: judgement.to_dict() for letter, judgement in group.judgements.items()},
+               "provenance": made}
+    folder = write_results(args.results / f"claims-{group.name}", verdict=verdict, datasets=pooled,
                            html=group_page(group, figures))
     if args.pictures:
         for letter, figure in figures.items():
@@ -108,18 +134,39 @@ def describe(entry: Entry) -> str:
 
 
 def read_groups(results: Path) -> list[Group]:
-    """Every group that has been judged, from its verdict.json."""
+    """Every group that has been judged, from its verdict.json; damaged ones are left out with a warning each."""
     groups = []
     for path in sorted(results.glob("claims-*/verdict.json")):
-        saved = json.loads(path.read_text())
-        judgements = {letter: Judgement.from_dict(values) for letter, values in saved["claims"].items()}
-        groups.append(Group(saved["group"], saved["task"], saved["seeds"], saved["entries"], judgements))
+        try:
+            saved = read_json(path)
+            judgements = {letter: Judgement.from_dict(saved["claims"][letter]) for letter in TITLES}
+            groups.append(Group(saved["group"], saved["task"], saved["seeds"], saved["entries"], judgements))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"it is incomplete ({error})"
+            skipped(Problem(path, f"{reason}; make it again with `python studies/compute.py`."))
     return groups
 
 
+def measured_groups(args: Compute) -> list[str]:
+    """The groups that --stored is to judge again. ValueError for one that was not measured."""
+    there = sorted(path.parent.name.removeprefix("claims-") for path in args.results.glob("claims-*/measurements.nc"))
+    if unknown := sorted(set(args.groups) - set(there)):
+        raise ValueError(f"no measurements of {', '.join(unknown)} are in {args.results}; there are "
+                         f"{', '.join(there) or 'none'}. Measure them without --stored.")
+    return list(args.groups) or there
+
+
 def main(args: Compute) -> int:
-    """Run the study; 2 if a group is not in the zoo."""
-    available = find_groups(args.zoo)
+    """Run the study; 2 if a group is not in the zoo, or with --stored not in the results."""
+    if args.stored:
+        try:
+            for name in measured_groups(args):
+                study_again(name, args)
+        except (FileNotFoundError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        return conclude(args)
+    available = find_groups(args.zoo, check=read_metrics)
     if unknown := sorted(set(args.groups) - set(available)):
         print(f"no LoopMDM and twin of {', '.join(unknown)} in {args.zoo}; there are {', '.join(available) or 'none'}. "
               "Train them with `python studies/pretrain.py`.", file=sys.stderr)
@@ -130,6 +177,11 @@ def main(args: Compute) -> int:
         return 2
     for name in args.groups or available:
         study(name, available[name], args)
+    return conclude(args)
+
+
+def conclude(args: Compute) -> int:
+    """Write the page of all groups, and say what was found."""
     groups = read_groups(args.results)
     page = claims_page(groups, command="python studies/compute.py", pictures=args.pictures)
     (args.results / "claims.md").write_text(page)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from hooks import HookedLoopMDM
 from probes.measurement import measurement
+from studies.checks import at_least
 from studies.claims_report import NAMES
 from studies.compute import find_groups
 from studies.longer_report import figure, report, words
@@ -52,6 +53,12 @@ class Longer:
     """Where the models are."""
     results: Path = RESULTS
     """Where the results go."""
+
+    def __post_init__(self) -> None:
+        if not self.rows or not self.loops:
+            raise ValueError("rows and loops must name at least one number each.")
+        at_least(2, rows=min(self.rows))   # the first one is given
+        at_least(1, loops=min(self.loops), examples=self.examples)
 
 
 def lengthened(entry: Entry, seq_len: int) -> HookedLoopMDM:

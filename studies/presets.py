@@ -5,8 +5,8 @@ length of the LoopMDM's run in steps; the FLOPs that follow are the budget of al
 
     config = PRESETS["automaton"].train_config(kind="twin", seed=1)
 
-All of them multiply matrices in bfloat16 and compile their blocks, which about halves the time on a CPU that has the
-instructions; ``--precision fp32 --compile False`` does without.
+All of them multiply matrices in bfloat16 and compile their blocks where the machine can (`studies.machine`), which
+about halves the time on a CPU that has the instructions; ``--precision`` and ``--compile`` choose otherwise.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from studies.flops import mean_loops, training_flops
-from studies.tasks import Arithmetic, Automaton, Pointer, Sudoku, Task, Text
+from studies.machine import Precision, Recipe, fastest
+from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
 from studies.training import Kind, TrainConfig
 
-FAST: dict[str, Any] = {"precision": "bf16", "compile": True}
+GROWN: dict[str, Any] = {"loops_drawn": "growth", "masks": "exact"}
+"""The recipe under which loops are used (results/recipe.md). Presets without it made checkpoints before it was known,
+and keep making the same ones."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,28 @@ class Preset:
     model: dict[str, Any] = field(default_factory=dict)   # LoopMDMConfig fields beside the task's defaults
     train: dict[str, Any] = field(default_factory=dict)   # TrainConfig fields beside the defaults
 
+    def entry(self, kind: Kind, seed: int) -> str:
+        """Name of a run, and of its zoo folder."""
+        return "-".join(filter(None, (self.task.name, kind, self.seeded(seed))))
+
+    def seeded(self, seed: int) -> str:
+        """The variant of one seed; seed 0 has no mark."""
+        return "-".join(filter(None, (self.variant, f"s{seed}" if seed else "")))
+
+    def recipe(self, device: str = "cpu", *, precision: Precision | None = None, compile: bool | None = None) -> Recipe:
+        """Precision and compilation: what is given, else what the preset fixes, else what is fastest here."""
+        return fastest(device, precision=self.train.get("precision") if precision is None else precision,
+                       compile=self.train.get("compile") if compile is None else compile)
+
     def train_config(self, kind: Kind, seed: int, **overrides: Any) -> TrainConfig:
-        """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count."""
-        recipe = {**FAST, **self.train, **overrides}
+        """The run of one kind and seed, with the budget of ``steps`` LoopMDM steps at the mean loop count.
+
+        ``precision`` and ``compile`` are those of `recipe`, unless given.
+        """
+        recipe = {**self.train, **overrides}
+        fast = self.recipe(recipe.get("device", "cpu"), precision=overrides.get("precision"),
+                           compile=overrides.get("compile"))
+        recipe |= {"precision": fast.precision, "compile": fast.compile}
         steps = recipe.pop("steps", None) or self.steps
         base = TrainConfig(task=self.task, model=self.model, **recipe)
         model = base.model_config()
@@ -76,8 +98,11 @@ def _ablation(change: dict[str, Any], name: str) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "automaton": Preset(_AUTOMATON, steps=2400, time="6 minutes per kind"),
-    "sudoku6": Preset(Sudoku(size=6), steps=5000, time="5 minutes per kind", variant="6x6"),
+    "automaton": Preset(_AUTOMATON, steps=2400, time="6 minutes per kind", train=GROWN),
+    "sudoku6": Preset(Sudoku(size=6), steps=5000, time="5 minutes per kind", variant="6x6", train=GROWN),
+    "stories": Preset(Stories(kinds=("directions",), steps=8), steps=860, time="2 minutes per kind",
+                      train={**GROWN, "lr": 4e-3, "warmup_steps": 100, "eval_every": 100,
+                             "precision": "fp32", "compile": False}),   # too small to gain from either
     "sudoku9": Preset(Sudoku(size=9, level="singles", extra_givens=6, symmetries=True), steps=4000,
                       time="30 minutes per kind", variant="9x9", train={"batch_size": 64}),
     "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, time="11 minutes per kind"),

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import tyro
 
+from studies.machine import Precision
 from studies.presets import PRESETS
 from studies.training import Kind, train
-from studies.training_step import Precision
+from studies.training_step import join
 from studies.zoo import ZOO, export
 
 
@@ -47,9 +48,9 @@ class Pretrain:
     threads: int | None = None
     """CPU threads; two runs of one thread each are faster than one of two."""
     precision: Precision | None = None
-    """fp32 or bf16 matrix products; the preset's (bf16) by default."""
+    """fp32 or bf16 matrix products; by default bf16 where the machine has instructions for it."""
     compile: bool | None = None
-    """torch.compile the blocks, which needs a C++ compiler on a CPU; the preset's (yes) by default."""
+    """torch.compile the blocks; by default where a C++ compiler is there, which a CPU needs."""
     list: bool = False
     """List tasks and presets, and stop."""
 
@@ -71,14 +72,22 @@ def main(args: Pretrain) -> int:
         print(f"no preset is called {args.preset!r}; there are {', '.join(PRESETS)}.", file=sys.stderr)
         return 2
     preset = PRESETS[args.preset]
+    fast = preset.recipe(args.device, precision=args.precision, compile=args.compile)
+    if join().leads:
+        for note in fast.notes:
+            print(note, flush=True)
     deadline = None if args.time_budget_min is None else time.monotonic() + 60 * args.time_budget_min
     for seed in args.seeds:
         for kind in args.kinds or preset.kinds:
             left = None if deadline is None else max(1.0, deadline - time.monotonic())
             chosen = {"steps": args.steps, "precision": args.precision, "compile": args.compile}
+            # what this machine goes without, the command on the card goes without on any other
+            if fast.precision == "fp32" and "precision" not in preset.train:
+                chosen["precision"] = "fp32"
+            if not fast.compile and "compile" not in preset.train:
+                chosen["compile"] = False
             overrides = {key: value for key, value in chosen.items() if value is not None}
-            variant = "-".join(filter(None, (preset.variant, f"s{seed}" if seed else "")))
-            name = "-".join(filter(None, (preset.task.name, kind, variant)))
+            variant, name = preset.seeded(seed), preset.entry(kind, seed)
             config = preset.train_config(kind, seed, time_budget_s=left, out=str(args.runs / name),
                                          device=args.device, threads=args.threads, **overrides)
             result = train(config)

@@ -14,11 +14,12 @@ from typing import Any
 
 import tyro
 
+from studies.rerun_verdict import cell_text, notes
 from studies.results import RESULTS, read_results
 from studies.zoo import KINDS, ZOO, names, read_card
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-SHOWN = ("ratio", "variance_layer", "unfrozen", "frozen", "accuracy_max", "accuracy_gain", "probe_slope")
+SHOWN = ("within", "between", "ratio", "lost", "accuracy_max", "accuracy_gain", "probe_slope")
 """Rows of the verdict's table that the README repeats."""
 
 
@@ -31,18 +32,18 @@ class Readme:
 
 
 def verdict_block(verdict: dict[str, Any]) -> str:
-    """The verdict in words, and its chief rows."""
+    """The findings in words, and the chief rows of their table."""
     subjects = verdict["subjects"]
     lines = ["| measure | " + " | ".join(subjects.values()) + " |", "|---" * (1 + len(subjects)) + "|"]
-    for row in verdict["table"]:
-        if row["key"] in SHOWN:
-            cells = [_interval(row[s]) if s in row else "" for s in subjects]
-            lines.append(f"| {row['measure']} | " + " | ".join(cells) + " |")
+    shown = [row for row in verdict["table"] if row["key"] in SHOWN]
+    for row in shown:
+        cells = [cell_text(row.get(s)) for s in subjects]
+        lines.append(f"| {row['measure']} | " + " | ".join(cells) + " |")
     setting = verdict["setting"]
-    words = f"**{verdict['conclusion']}** {verdict['operation']['words']} {verdict['content']['words']}"
-    note = (f"On {setting['examples']} held-out examples of *{setting['task']['name']}*, noise level {setting['t']:g}, "
-            f"{setting['n_loops']} loops; 95% bootstrap intervals. {verdict.get('over_seeds', '')}")
-    return "\n".join([words, "", *lines, "", note.strip()])
+    note = " ".join([f"On *{setting['task']['name']}*, noise level {setting['t']:g}, {setting['n_loops']} loops.",
+                     *notes({**verdict, "table": shown}), verdict.get("over_seeds", "")])
+    return "\n\n".join([f"**{verdict['conclusion']}**", verdict["content"]["words"], verdict["operation"]["words"],
+                        "\n".join(lines), note.strip()])
 
 
 def zoo_block(zoo: Path = ZOO) -> str:
@@ -77,10 +78,6 @@ def current() -> str:
     text = README.read_text()
     text = between(text, "verdict", verdict_block(read_results(RESULTS / "rerun-automaton").verdict))
     return between(text, "zoo", zoo_block())
-
-
-def _interval(cell: dict[str, float]) -> str:
-    return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
 def main(args: Readme) -> int:

@@ -1,7 +1,7 @@
 """Second half of `rerun.py`: does the content advance from loop to loop?
 
-A loop that applies the same operation to a new row repeats the operation and advances the
-content. Measured three ways: exact accuracy over the number of loops; the coda lens, what
+It does where more of the answer is there after a loop than before, whatever operation brought
+it. Measured three ways: exact accuracy over the number of loops; the coda lens, what
 the model would answer if it stopped here; and linear probes, what can be read out at all.
 
     content = measure(setting)
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from hooks import HookedLoopMDM
 from probes.linear import ridge_probes
 from probes.measurement import measurement
-from probes.stages import Cycle
-from studies.rerun_operation import SUBJECTS, Operation, Setting
+from probes.stages import Cycle, NotDefinedError
+from studies.rerun_operation import SUBJECTS, Operation, Setting, Value
 
 
 def measure(setting: Setting) -> Operation:
@@ -58,24 +58,23 @@ def _accuracy_over_loops(setting: Setting, content: Operation) -> None:
     at = {"one": 0, "max": s_max - 1, "beyond": 2 * s_max - 1}
     loop = accuracy[0]
     content.add("accuracy_max", f"accuracy at S = {s_max}",
-                "share of free cells right in one forward; control: deep twin", "LoopMDM higher",
+                "share of free cells right in one forward; second column: the deep twin as it was trained",
                 loop=setting.bootstrap(np.mean, loop[at["max"]]),
                 control=setting.bootstrap(np.mean, accuracy[2, 0]))
     content.add("accuracy_gain", f"accuracy gained from S = 1 to S = {s_max}", "difference of the two accuracies",
-                "above 0", loop=setting.bootstrap(np.mean, loop[at["max"]] - loop[0]))
+                loop=setting.bootstrap(np.mean, loop[at["max"]] - loop[0]))
     content.add("accuracy_beyond", f"accuracy gained from S = {s_max} to S = {2 * s_max}",
-                "difference of the two accuracies; loops beyond those trained", "–",
+                "difference of the two accuracies; loops beyond those trained",
                 loop=setting.bootstrap(np.mean, loop[at["beyond"]] - loop[at["max"]]))
 
 
 def _right_after_each_loop(setting: Setting, model: HookedLoopMDM, n_loops: int) -> torch.Tensor:
     """Is each position right after 1, 2 … ``n_loops`` loops: [loop, example, pos]; one forward serves them all."""
     condition = model.condition(setting.noised, setting.t)
-    embedded = model.embed_tokens(setting.noised)
-    x = model.head(embedded, condition)
+    x, injected = model.begin(setting.noised, condition)
     right = []
     for k in range(n_loops):
-        x = model.loop(x, k, embedded, condition)
+        x = model.loop(x, k, injected, condition)
         right.append(model.tail(x, condition).argmax(-1) == setting.batch.tokens)
     return torch.stack(right).float()
 
@@ -103,10 +102,11 @@ def _coda_by_region(setting: Setting, content: Operation) -> None:
         long_name="coda-lens accuracy by region", units="probability",
         definition=f"share of free cells of a {setting.task.region_name} that the tail gets right when it reads the "
                    "state after this loop", source="arXiv 2507.02199")})
-    known = _regions_known(right.numpy(), free.numpy(), regions.numpy(), chance=_majority(setting))
+    known = _regions_known(right.numpy(), free.numpy(), regions.numpy(),
+                           chance=_majority(setting.batch.tokens[setting.batch.free]))
     content.add("coda_slope", f"{setting.task.region_name}s the coda lens gains per loop",
                 "least-squares slope over loops of Σ_regions (accuracy − majority) / (1 − majority), up to S_max",
-                "above 0", loop=setting.bootstrap(_slope, known))
+                loop=setting.bootstrap(_slope, known))
 
 
 def _probes_by_region(setting: Setting, content: Operation) -> None:
@@ -115,10 +115,13 @@ def _probes_by_region(setting: Setting, content: Operation) -> None:
     latent_name, latent = next(iter(task.latents(batch.tokens).items()))
     regions = task.regions().numpy()
     variables: dict[str, xr.DataArray] = {}
-    slopes = {}
-    for subject, [(model, cycle), *_] in setting.subjects().items():
-        correct = _probe_correct(setting, model, cycle)
-        table = _by_region(torch.from_numpy(correct), batch.free.float(), task.regions())
+    chance = _majority(latent.values[batch.free & (latent.values >= 0)])
+    slopes: dict[str, Value] = {}
+    for subject, cycles in setting.subjects().items():
+        measured = cycles if subject == "untrained" else cycles[:1]
+        every = [_probe_correct(setting, model, cycle) for model, cycle in measured]
+        cycle = measured[0][1]
+        table = _by_region(torch.from_numpy(every[0]), batch.free.float(), task.regions())
         axis = f"loop_{subject}"
         variables[f"accuracy_{subject}"] = measurement(
             table.numpy(), (axis, "region"), coords={axis: np.arange(cycle.n_loops), "region": np.unique(regions)},
@@ -126,12 +129,12 @@ def _probes_by_region(setting: Setting, content: Operation) -> None:
             definition=f"ridge classifier for the latent '{latent_name}' ({latent.description}) on resid_post of the "
                        "last layer of each (pseudo-)loop, one probe per loop and region, held-out examples",
             source="arXiv 1909.03368")
-        known = _regions_known(correct, batch.free.float().numpy(), regions, chance=_majority(setting))
-        slopes[subject] = setting.bootstrap(_slope, known)
+        slopes[subject] = setting.value(subject, _slope, [
+            _regions_known(correct, batch.free.float().numpy(), regions, chance=chance) for correct in every])
     content.datasets["probe_by_region"] = xr.Dataset(variables)
     content.add("probe_slope", f"{task.region_name}s that linear probes gain per loop",
-                "the same slope, for linear probes on the state after each (pseudo-)loop, at equal depth",
-                "above 0", **slopes)
+                f"the same slope, for linear probes of '{latent_name}' on the state after each (pseudo-)loop, at "
+                "equal depth", **slopes)
 
 
 def _probe_correct(setting: Setting, model: HookedLoopMDM, cycle: Cycle) -> np.ndarray:
@@ -159,23 +162,26 @@ def _probe_correct(setting: Setting, model: HookedLoopMDM, cycle: Cycle) -> np.n
     return correct
 
 
-def _majority(setting: Setting) -> float:
-    """Share of the commonest token among free cells: what guessing gets."""
-    tokens = setting.batch.tokens[setting.batch.free]
-    return float(torch.bincount(tokens).max() / len(tokens))
+def _majority(labels: torch.Tensor) -> float:
+    """Share of the commonest label: what guessing gets."""
+    return float(torch.bincount(labels).max() / len(labels))
 
 
 def _regions_known(right: np.ndarray, free: np.ndarray, regions: np.ndarray, *, chance: float) -> np.ndarray:
-    """[example, loop]: how many regions are known, each counted by its accuracy above chance."""
+    """[example, loop]: how many regions are known, each counted by its accuracy above chance; NaN if chance is 1."""
     known = np.zeros(right.shape[:2])
     for region in np.unique(regions):
         on = free * (regions == region)
         count = on.sum(-1)
         accuracy = (right * on).sum(-1) / np.maximum(count, 1)
-        known += np.where(count > 0, (accuracy - chance) / (1 - chance), 0)
+        known += np.where(count > 0, (accuracy - chance) / (1 - chance), 0) if chance < 1 else np.nan
     return known.T
 
 
 def _slope(known: np.ndarray) -> float:
     """Regions gained per loop: least squares on the mean over examples."""
+    if known.shape[1] < 2:
+        raise NotDefinedError("there is one loop only, and nothing can be gained per loop")
+    if not np.isfinite(known).all():
+        raise NotDefinedError("every free position has the same label, which guessing gets right")
     return float(np.polyfit(np.arange(known.shape[1]), known.mean(0), 1)[0])

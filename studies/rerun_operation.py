@@ -1,17 +1,18 @@
-"""First half of `rerun.py`: does each loop do the same thing?
+"""First half of `rerun.py`: what is alike from loop to loop?
 
-Measures, for the LoopMDM, for the deep twin cut into pseudo-loops and for an untrained
-LoopMDM: pattern distances within and between layers, variance partition of signatures,
-accuracy with attention frozen, and the likeness of the mean cycle to the unlooped twin.
+Describes the LoopMDM, the deep twin cut into pseudo-loops and untrained LoopMDMs: pattern
+distances within and between layers, variance partition of signatures, accuracy with
+attention frozen, and the likeness of the mean cycle to the unlooped twin. None of it decides
+whether an operation is repeated: shared weights bring likeness without any training.
 
-    setting = Setting.draw(models, untrained, n_examples=192, t=1.0, seed=0)
+    setting = Setting.draw(models, n_examples=192, t=1.0, seed=0, n_untrained=8)
     operation = measure(setting)
     operation.rows, operation.datasets
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,11 +26,15 @@ from hooks import HookedLoopMDM
 from hooks.model.diffusion import corrupt
 from probes import stages
 from probes.measurement import measurement
-from probes.stages import Cycle, Interval
+from probes.stages import Cycle, Interval, NotDefined, NotDefinedError, Spread
+from studies.checks import at_least, noise_level
 from studies.tasks import Batch, Task
 from studies.zoo import Entry
 
 SUBJECTS = {"loop": "LoopMDM", "control": "deep twin, pseudo-loops", "untrained": "untrained LoopMDM"}
+
+Value = Interval | NotDefined
+"""A number with its interval, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Setting:
 
     task: Task
     models: Mapping[str, Entry]
-    untrained: HookedLoopMDM
+    untrained: tuple[HookedLoopMDM, ...]
     batch: Batch
     noised: torch.Tensor
     t: float
@@ -46,13 +51,20 @@ class Setting:
     n_loops: int
 
     @classmethod
-    def draw(cls, models: Mapping[str, Entry], untrained: HookedLoopMDM, *, n_examples: int, t: float, seed: int,
+    def draw(cls, models: Mapping[str, Entry], *, n_examples: int, t: float, seed: int, n_untrained: int,
              n_loops: int | None = None) -> Setting:
-        """Held-out examples with free positions masked at level ``t`` (1: all of them)."""
+        """Held-out examples with free positions masked at level ``t`` (1: all of them), and untrained models.
+
+        ``n_loops`` (None: as many as the deep twin has pseudo-loops) are compared. Raises ValueError for a level
+        outside (0, 1], fewer than 2 loops, examples or untrained models, and a deep twin too shallow to be cut.
+        """
+        noise_level(t)
+        at_least(2, n_examples=n_examples, n_untrained=n_untrained, n_loops=n_loops)
         task = models["loop"].task
         batch = task.sample(n_examples, seed=seed, split="test")
         noised = _masked(task, batch, t, seed)
         pseudo = stages.pseudo_cycle(models["deep"].model.config, models["loop"].model.config.n_loop_layers)
+        untrained = tuple(_initialised(models["loop"].model, seed=seed + i) for i in range(n_untrained))
         return cls(task, models, untrained, batch, noised, t, seed, n_loops or pseudo.n_loops)
 
     def masked(self, batch: Batch, *, seed: int) -> tuple[Batch, torch.Tensor]:
@@ -60,17 +72,41 @@ class Setting:
         return batch, _masked(self.task, batch, self.t, seed)
 
     def subjects(self) -> dict[str, list[tuple[HookedLoopMDM, Cycle]]]:
-        """Each subject's model and cycle; the deep twin's once per place where the cutting may start."""
+        """Each subject's models and cycles: the deep twin's once per place where the cutting may start, and every
+        untrained model's."""
         loop, deep = self.models["loop"].model, self.models["deep"].model
         n_layers = loop.config.n_loop_layers
         offsets = range(deep.config.n_loop_layers % n_layers + 1)
         return {"loop": [(loop, stages.loop_cycle(loop.config, self.n_loops))],
                 "control": [(deep, stages.pseudo_cycle(deep.config, n_layers, offset=o)) for o in offsets],
-                "untrained": [(self.untrained, stages.loop_cycle(self.untrained.config, self.n_loops))]}
+                "untrained": [(model, stages.loop_cycle(model.config, self.n_loops)) for model in self.untrained]}
 
-    def bootstrap(self, statistic: Callable[..., float], *samples: np.ndarray) -> Interval:
-        """An interval over the held-out examples, the first axis of every sample."""
-        return stages.bootstrap(statistic, *samples, seed=self.seed)
+    def bootstrap(self, statistic: Callable[..., float], *samples: np.ndarray | xr.DataArray) -> Value:
+        """An interval over the held-out examples, the first axis of every sample; or why there is none."""
+        try:
+            return stages.bootstrap(statistic, *samples, seed=self.seed)
+        except NotDefinedError as error:
+            return NotDefined(str(error))
+
+    def value(self, subject: str, statistic: Callable[..., float],
+              samples: Sequence[np.ndarray | xr.DataArray]) -> Value:
+        """``statistic`` of a subject that was measured once per model and cycle.
+
+        Untrained models: a value of each, and their spread. Others: the mean over cuts, with an interval over examples.
+        """
+        if subject == "untrained":
+            try:
+                return Spread.of([float(statistic(sample)) for sample in samples])
+            except NotDefinedError as error:
+                return NotDefined(str(error))
+        return self.bootstrap(lambda *resampled: float(np.mean([statistic(sample) for sample in resampled])), *samples)
+
+
+def _initialised(model: HookedLoopMDM, *, seed: int) -> HookedLoopMDM:
+    """An untrained model of the same shape."""
+    untrained = HookedLoopMDM(model.config).eval()
+    untrained.reset_parameters(torch.Generator().manual_seed(seed))
+    return untrained
 
 
 def _masked(task: Task, batch: Batch, t: float, seed: int) -> torch.Tensor:
@@ -80,19 +116,18 @@ def _masked(task: Task, batch: Batch, t: float, seed: int) -> torch.Tensor:
 
 @dataclass
 class Operation:
-    """Table rows (each with an interval per subject) and the datasets behind the figures."""
+    """Table rows (each with a value per subject) and the datasets behind the figures."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     datasets: dict[str, xr.Dataset] = field(default_factory=dict)
 
-    def value(self, key: str, subject: str) -> Interval:
+    def value(self, key: str, subject: str) -> Value:
         row = next(row for row in self.rows if row["key"] == key)
-        interval: Interval = row["values"][subject]
-        return interval
+        value: Value = row["values"][subject]
+        return value
 
-    def add(self, key: str, measure: str, definition: str, expected: str, **values: Interval) -> None:
-        self.rows.append({"key": key, "measure": measure, "definition": definition, "expected": expected,
-                          "values": values})
+    def add(self, key: str, measure: str, definition: str, **values: Value) -> None:
+        self.rows.append({"key": key, "measure": measure, "definition": definition, "values": values})
 
 
 def measure(setting: Setting) -> Operation:
@@ -106,24 +141,33 @@ def measure(setting: Setting) -> Operation:
 
 def _patterns(setting: Setting, operation: Operation) -> None:
     """Pattern distance of the same layer across loops against that of different layers."""
-    within, between, ratio = {}, {}, {}
+    values: dict[str, dict[str, Value]] = {"within": {}, "between": {}, "ratio": {}}
     matrices = {}
     for subject, cycles in setting.subjects().items():
-        grams = [stages.pattern_gram(model, setting.noised, cycle, t=setting.t) for model, cycle in cycles]
-        distances = [stages.head_distances(gram) for gram in grams]
-        pairs = [stages.repeat_distances(distance) for distance in distances]
-        same = np.mean([pair[0] for pair in pairs], axis=0)
-        other = np.mean([pair[1] for pair in pairs], axis=0)
-        within[subject] = setting.bootstrap(np.mean, same)
-        between[subject] = setting.bootstrap(np.mean, other)
-        ratio[subject] = setting.bootstrap(lambda s, o: s.mean() / o.mean(), same, other)
+        distances = [stages.head_distances(stages.pattern_gram(model, setting.noised, cycle, t=setting.t))
+                     for model, cycle in cycles]
+        for key, statistic in (("within", _same_layer), ("between", _other_layer), ("ratio", _ratio)):
+            values[key][subject] = setting.value(subject, statistic, distances)
         matrices[f"distance_{subject}"] = _renamed(distances[0].mean("example", keep_attrs=True), subject)
     how = "‖A − B‖_F / √(‖A‖² + ‖B‖²), heads optimally matched, mean over heads and examples"
-    operation.add("within", "attention distance, same layer in different loops", how, "LoopMDM lower", **within)
-    operation.add("between", "attention distance, different layers", how, "alike", **between)
-    operation.add("ratio", "ratio same / different", "1: being the same layer does not matter; 0: loops repeat exactly",
-                  "LoopMDM below 1 and below the control", **ratio)
+    operation.add("within", "attention distance, same layer in different loops", how, **values["within"])
+    operation.add("between", "attention distance, different layers", how, **values["between"])
+    operation.add("ratio", "ratio same / different", "the first distance ÷ the second. 1: being the same layer does "
+                  "not matter; 0: attention is the same in all loops. Shared weights alone bring it below 1",
+                  **values["ratio"])
     operation.datasets["pattern_distance"] = xr.Dataset(matrices)
+
+
+def _same_layer(distances: xr.DataArray) -> float:
+    return float(stages.same_layer_distance(distances).mean())
+
+
+def _other_layer(distances: xr.DataArray) -> float:
+    return float(stages.other_layer_distance(distances).mean())
+
+
+def _ratio(distances: xr.DataArray) -> float:
+    return stages.distance_ratio(_same_layer(distances), _other_layer(distances))
 
 
 def _renamed(distance: xr.DataArray, subject: str) -> xr.DataArray:
@@ -143,27 +187,26 @@ def _partition(setting: Setting, operation: Operation) -> None:
             continue
         signatures[subject] = [stages.signature(model, setting.noised, setting.batch.tokens, cycle, t=setting.t)
                                for model, cycle in cycles]
-    for part, expected in (("layer", "LoopMDM higher"), ("loop", "LoopMDM lower"), ("interaction", "–")):
-        share = partial(_share, part)
-        values = {subject: setting.bootstrap(share, *(s.values for s in found))
+    for part in ("layer", "loop", "interaction"):
+        values = {subject: setting.value(subject, partial(_share, part), [s.values for s in found])
                   for subject, found in signatures.items()}
         operation.add(f"variance_{part}", f"variance of signatures by {part}",
-                      "two-way decomposition over loop × layer, mean over features", expected, **values)
+                      "two-way decomposition over loop × layer, mean over features", **values)
     operation.datasets["signature"] = xr.Dataset(
         {f"signature_{subject}": found[0].mean("example", keep_attrs=True).rename(
             loop=f"loop_{subject}", layer=f"layer_{subject}") for subject, found in signatures.items()})
 
 
-def _share(part: str, *signatures: np.ndarray) -> float:
-    """One part of the variance partition, averaged over the places where the control may be cut."""
-    return float(np.mean([stages.variance_partition(values.mean(0))[part] for values in signatures]))
+def _share(part: str, signature: np.ndarray) -> float:
+    return stages.variance_partition(stages.example_mean(signature))[part]
 
 
 def _frozen(setting: Setting, operation: Operation) -> None:
     """Accuracy when later loops must look where an earlier loop looked."""
     free = setting.batch.free
     curves: dict[str, xr.DataArray] = {}
-    values, normal = {}, {}
+    values: dict[str, dict[str, Value]] = {"unfrozen": {}, "frozen": {}, "lost": {}}
+    after = min(1, setting.n_loops - 2)
     for subject, cycles in setting.subjects().items():
         if subject == "untrained":
             continue
@@ -178,18 +221,21 @@ def _frozen(setting: Setting, operation: Operation) -> None:
             long_name=f"accuracy with attention frozen, {SUBJECTS[subject]}", units="probability",
             definition="share of free cells right when every later loop reuses the attention patterns of this one; "
                        "the last entry is the model unfrozen", source="after arXiv 2604.11791")
-        middle = min(1, cycle.n_loops - 2)
-        values[subject] = setting.bootstrap(np.mean, right[middle])
-        normal[subject] = setting.bootstrap(np.mean, right[-1])
-    operation.add("unfrozen", "accuracy at this depth", "share of free cells right", "–", **normal)
-    operation.add("frozen", "accuracy, attention frozen after the second loop",
-                  "every later loop reuses the second loop's attention patterns (control: heads matched first)",
-                  "LoopMDM loses less", **values)
+        frozen = right[min(after, cycle.n_loops - 2)]
+        for key, sample in (("unfrozen", right[-1]), ("frozen", frozen), ("lost", right[-1] - frozen)):
+            values[key][subject] = setting.bootstrap(np.mean, sample)
+    which = ("first", "second")[after]
+    how = (f"every later loop reuses the attention patterns of the {which} one (pseudo-loops of the deep twin: heads "
+           "matched first)")
+    operation.add("unfrozen", "accuracy at this depth", "share of free cells right", **values["unfrozen"])
+    operation.add("frozen", f"accuracy, attention frozen after the {which} loop", how, **values["frozen"])
+    operation.add("lost", f"accuracy lost by freezing attention after the {which} loop",
+                  f"difference of the two accuracies; {how}", **values["lost"])
     operation.datasets["frozen_attention"] = xr.Dataset(curves)
 
 
 def _likeness(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return stages.profile_correlation(ours.mean(0), theirs.mean(0))
+    return stages.profile_correlation(stages.example_mean(ours), stages.example_mean(theirs))
 
 
 def _twin_likeness(setting: Setting, operation: Operation) -> None:
@@ -208,13 +254,13 @@ def _twin_likeness(setting: Setting, operation: Operation) -> None:
     shuffled = [*range(n_head), *reversed(mid), *range(n_head + n_mid, config.n_layers)]
     operation.add("twin", "correlation of the mean cycle with the unlooped twin's layers",
                   "Pearson r of layer profiles (head, mean cycle, tail), features standardised over layers; "
-                  "control: the same with the cycle's layers in reverse order", "LoopMDM above its control",
+                  "second column: the same with the cycle's layers in reverse order",
                   loop=setting.bootstrap(_likeness, profile, theirs),
                   control=setting.bootstrap(_likeness, profile[:, shuffled], theirs))
     names = [f"head {i}" for i in range(n_head)] + [f"mid {i}" for i in range(n_mid)] + [
         f"tail {i}" for i in range(config.n_tail_layers)]
     operation.datasets["profile"] = xr.Dataset({
-        key: measurement(np.nanmean(value, axis=0), ("layer", "feature"), long_name=f"layer profile, {label}",
+        key: measurement(stages.example_mean(value), ("layer", "feature"), long_name=f"layer profile, {label}",
                          units="1", coords={"layer": names, "feature": list(stages.FEATURES)},
                          definition="mean over examples (and over loops) of each feature of the signature",
                          source="after arXiv 2604.11791")

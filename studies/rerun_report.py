@@ -15,6 +15,9 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
+from studies.rerun_operation import SUBJECTS
+from studies.rerun_verdict import cell_text, notes
+
 COLOURS = {"loop": "#0072B2", "control": "#D55E00", "deep": "#D55E00", "twin": "#009E73", "untrained": "#7F7F7F"}
 """Okabe and Ito's colour-blind safe palette, one colour per subject everywhere."""
 KIND_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin, mid repeated S times",
@@ -68,11 +71,11 @@ def pattern_distance_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Fi
 
 
 def interval_figure(table: list[dict[str, Any]], keys: list[str], names: Mapping[str, str]) -> go.Figure:
-    """Chosen rows of the table as dots with intervals, a colour per subject."""
-    rows = [row for row in table if row["key"] in keys]
+    """Chosen rows of the table as dots with intervals, a colour per subject; what is not defined is left out."""
+    rows = [row for row in table if row["key"] in keys and any("value" in row.get(name, {}) for name in names)]
     figure = go.Figure()
     for offset, (subject, name) in enumerate(names.items()):
-        shown = [row for row in rows if subject in row]
+        shown = [row for row in rows if "value" in row.get(subject, {})]
         if not shown:
             continue
         values = [row[subject]["value"] for row in shown]
@@ -84,7 +87,8 @@ def interval_figure(table: list[dict[str, Any]], keys: list[str], names: Mapping
                      "arrayminus": [row[subject]["value"] - row[subject]["low"] for row in shown]})
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[row["measure"] for row in rows],
                         autorange="reversed")
-    return _laid_out(figure, "value (pure number), with 95% interval over examples", "", height=120 + 60 * len(rows))
+    return _laid_out(figure, "value (pure number), with 95% interval over examples; untrained: range over models", "",
+                     height=120 + 60 * len(rows))
 
 
 def frozen_figure(data: xr.Dataset, names: Mapping[str, str]) -> go.Figure:
@@ -133,16 +137,18 @@ def figures(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> l
          "LoopMDM was trained to be looped; the dotted curves repeat the twins' mid layers all the same.",
          accuracy_figure(curve, s_max, trained)),
         ("Operation: is attention of a layer the same in every loop?", "Distances between attention patterns of "
-         "every two places, ordered by layer. Dark blocks on the diagonal: a layer repeats itself over loops.",
-         pattern_distance_figure(datasets["pattern_distance"], names)),
-        ("Operation: the test",
-         "A ratio of 1 says that being the same layer does not matter; 0 that loops repeat exactly. Intervals narrower "
-         "than a dot are hidden by it.",
+         "every two places, ordered by layer. Dark blocks on the diagonal: a layer's attention is alike in all loops. "
+         "One of the untrained models is shown.",
+         pattern_distance_figure(datasets["pattern_distance"], {**names, "untrained": SUBJECTS["untrained"]})),
+        ("Operation: distances and their ratio",
+         "A ratio of 1 says that being the same layer does not matter; 0 that attention is the same in all loops. "
+         "Shared weights bring it below 1 without any training, as the untrained models show: it does not tell whether "
+         "an operation is repeated. Intervals narrower than a dot are hidden by it.",
          interval_figure(verdict["table"], ["within", "between", "ratio"], names)),
         ("Operation: freezing attention", "Later loops must reuse the attention patterns of an earlier one.",
          frozen_figure(datasets["frozen_attention"], names)),
         ("Operation: variance of signatures", "What a layer does, in eight numbers, split by layer-in-cycle and by "
-         "loop. The verdict does not rest on it: it need not separate the two.",
+         "loop.",
          interval_figure(verdict["table"], ["variance_layer", "variance_loop", "variance_interaction"], names)),
         ("Operation: the mean cycle beside the unlooped twin", "Each feature standardised over layers, so that colour "
          "says where in the network it is high or low.", profile_figure(datasets["profile"])),
@@ -152,7 +158,7 @@ def figures(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> l
         (f"Content: {region}s that a linear probe reads, LoopMDM",
          f"One ridge probe per loop and {region}, on held-out examples.",
          region_figure(datasets["probe_by_region"].accuracy_loop, region, loop_axis="loop_loop")),
-        (f"Content: {region}s that a linear probe reads, deep twin", "The same after each pseudo-loop of the control.",
+        (f"Content: {region}s that a linear probe reads, deep twin", "The same after each of its pseudo-loops.",
          region_figure(datasets["probe_by_region"].accuracy_control, region, loop_axis="loop_control")),
     ]
 
@@ -168,39 +174,36 @@ def report(verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset]) -> st
                         operation=escape.escape(verdict["operation"]["words"]),
                         content=escape.escape(verdict["content"]["words"]),
                         seeds=escape.escape(verdict.get("over_seeds", "")), table=_table(verdict),
+                        notes="".join(f"<p>{escape.escape(note)}</p>" for note in notes(verdict)),
                         seed_table=_seed_table(verdict), figures="\n".join(parts),
                         provenance=_provenance(verdict["provenance"]))
 
 
 def _table(verdict: Mapping[str, Any]) -> str:
     names = verdict["subjects"]
-    head = "".join(f"<th>{escape.escape(n)}</th>" for n in ["measure", *names.values(), "expected", "seen"])
+    head = "".join(f"<th>{escape.escape(n)}</th>" for n in ["measure", *names.values()])
     rows = []
     for row in verdict["table"]:
-        cells = "".join(f"<td>{_interval(row.get(subject))}</td>" for subject in names)
-        seen = {True: "yes", False: "<b>no</b>", None: "–"}[row["agrees"]]
+        cells = "".join(f"<td>{cell_text(row.get(subject))}</td>" for subject in names)
         rows.append(f"<tr title='{escape.escape(row['definition'], quote=True)}'><td>{escape.escape(row['measure'])}"
-                    f"</td>{cells}<td>{escape.escape(row['expected'])}</td><td>{seen}</td></tr>")
+                    f"</td>{cells}</tr>")
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _seed_table(verdict: Mapping[str, Any]) -> str:
-    """Point estimates of every training seed, LoopMDM / control, for the rows that both have."""
+    """Point estimates of every training run, LoopMDM / deep twin."""
     seeds = verdict.get("seeds", {})
     if len(seeds) < 2:
         return ""
-    head = "".join(f"<th>{escape.escape(n)}</th>" for n in ["LoopMDM / control", *seeds])
+    head = "".join(f"<th>{escape.escape(n)}</th>" for n in ["LoopMDM / deep twin", *seeds])
     rows = []
     for row in verdict["table"]:
-        shown = [[f"{value:.2f}" for subject, value in seed["values"][row["key"]].items() if subject != "untrained"]
+        shown = [["not defined" if value is None else f"{value:.2f}"
+                  for subject, value in seed["values"][row["key"]].items() if subject != "untrained"]
                  for seed in seeds.values()]
         cells = "".join(f"<td>{' / '.join(values)}</td>" for values in shown)
         rows.append(f"<tr><td>{escape.escape(row['measure'])}</td>{cells}</tr>")
-    return f"<h2>Over training seeds</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
-
-
-def _interval(cell: Mapping[str, float] | None) -> str:
-    return "" if cell is None else f"{cell['value']:.2f} <small>[{cell['low']:.2f}, {cell['high']:.2f}]</small>"
+    return f"<h2>Over training runs</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _provenance(values: Mapping[str, Any]) -> str:
@@ -213,10 +216,9 @@ def _provenance(values: Mapping[str, Any]) -> str:
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{question}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}}
 h1{{font-size:1.5em}}h2{{font-size:1.15em;margin-top:2em}}table{{border-collapse:collapse;font-size:.86em}}
-td,th{{border-bottom:1px solid #ddd;padding:.35em .6em;text-align:left;vertical-align:top}}small{{color:#555}}
+td,th{{border-bottom:1px solid #ddd;padding:.35em .6em;text-align:left;vertical-align:top}}
 .words{{background:#f3f6fa;border-left:4px solid #0072B2;padding:.6em 1em}}</style>
 <h1>{question}</h1><div class="words"><p><b>{conclusion}</b></p><p>{operation}</p><p>{content}</p><p>{seeds}</p></div>
-<h2>The evidence in one table</h2><p>Value with 95% bootstrap interval over held-out examples; hover a row for its
-definition. “Seen” says whether it came out as expected with intervals apart.</p>{table}
+<h2>What was measured, in one table</h2><p>Hover a row for its definition.</p>{table}{notes}
 {seed_table}{figures}<h2>Where this comes from</h2>{provenance}</html>
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,9 +25,12 @@ from typing import Any
 import torch
 import xarray as xr
 
-from studies.zoo import Entry
+from studies.folders import folder
+from studies.zoo import Entry, Problem, read_json
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = folder("results")
+FILES = ("verdict.json", "measurements.nc")
+"""What a results folder must hold."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,20 @@ class Results:
 
 def write_results(folder: str | Path, *, verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset],
                   html: str) -> Path:
-    """Write a results folder through a temporary one."""
+    """Write a results folder through a temporary one.
+
+    Raises ValueError, before anything is written, if the verdict holds NaN or an infinity: JSON has neither, and a
+    number that is not defined is stored as the reason why.
+    """
     final = Path(folder)
+    if found := _not_finite(verdict):
+        raise ValueError(f"the verdict of {final.name} holds no finite number at {', '.join(found)}: store None, or "
+                         "the reason why it is not defined.")
     temporary = final.parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / "verdict.json").write_text(json.dumps(verdict, indent=1, ensure_ascii=False) + "\n")
+    (temporary / "verdict.json").write_text(json.dumps(verdict, indent=1, ensure_ascii=False,
+                                                           allow_nan=False) + "\n")
     (temporary / "report.html").write_text(html)
     for name, dataset in datasets.items():
         file = temporary / "measurements.nc"
@@ -56,19 +68,73 @@ def write_results(folder: str | Path, *, verdict: Mapping[str, Any], datasets: M
     return final
 
 
+def _not_finite(value: Any, where: str = "") -> list[str]:
+    """Where NaN and infinities stand, as table[0].loop.value."""
+    if isinstance(value, Mapping):
+        return [at for key, v in value.items() for at in _not_finite(v, f"{where}.{key}".lstrip("."))]
+    if isinstance(value, (list, tuple)):
+        return [at for i, v in enumerate(value) for at in _not_finite(v, f"{where}[{i}]")]
+    return [where] if isinstance(value, float) and not math.isfinite(value) else []
+
+
+SCRIPTS = {"rerun": "studies/rerun.py", "claims": "studies/compute.py", "ablations": "studies/ablations.py",
+           "longer": "studies/longer.py"}
+"""The program that makes a results folder, by what its name begins with."""
+
+
+def made_by(folder: str | Path) -> str:
+    """The command that makes a results folder."""
+    return f"python {SCRIPTS.get(Path(folder).name.partition('-')[0], 'studies/rerun.py')}"
+
+
 def read_results(folder: str | Path) -> Results:
-    """Read a results folder. FileNotFoundError names the command that makes it."""
+    """Read a results folder. FileNotFoundError and ValueError name the file, and the command that makes it."""
+    path = Path(folder)
+    verdict, names = _opened(path)
+    try:
+        datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return Results(path, verdict, datasets)
+
+
+def list_results(folder: str | Path = RESULTS) -> tuple[list[str], list[Problem]]:
+    """Names of the results folders that can be read, and what is wrong with the others. Reads no values."""
+    paths = sorted({file.parent for name in FILES for file in Path(folder).glob(f"*/{name}")})
+    names: list[str] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            _opened(path)
+            names.append(path.name)
+        except (FileNotFoundError, ValueError) as error:
+            file = next(path / name for name in FILES if str(error).startswith(str(path / name)))
+            problems.append(Problem(file, str(error).removeprefix(str(file)).removeprefix(":").strip()))
+    return names, problems
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(the verdict, names of the datasets) of a results folder."""
     import h5netcdf
 
-    path = Path(folder)
-    for file in ("verdict.json", "measurements.nc"):
+    for file in FILES:
         if not (path / file).exists():
-            raise FileNotFoundError(f"{path / file} is missing: make it with `python studies/rerun.py` "
-                                    "(or `make study`).")
-    with h5netcdf.File(path / "measurements.nc", "r") as file:
-        names = list(file.groups)
-    datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
-    return Results(path, json.loads((path / "verdict.json").read_text()), datasets)
+            raise FileNotFoundError(f"{path / file} is missing: make it again with `{made_by(path)}`.")
+    try:
+        verdict = read_json(path / "verdict.json")
+    except ValueError as error:
+        raise ValueError(f"{path / 'verdict.json'}: {error}; make it again with `{made_by(path)}`.") from error
+    try:
+        with h5netcdf.File(path / "measurements.nc", "r") as file:
+            return verdict, list(file.groups)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """h5py, h5netcdf and xarray raise errors of many kinds on a damaged file; they become one."""
+    return ValueError(f"{path / 'measurements.nc'}: it cannot be read ({error}); "
+                      f"make it again with `{made_by(path)}`.")
 
 
 def provenance(args: Any, entries: Iterable[Entry], *, seconds: float) -> dict[str, Any]:

@@ -11,22 +11,24 @@ same machine with the same number of threads: sums depend on how they are shared
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tqdm import tqdm
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from hooks.model.diffusion import antithetic_t, corrupt, nelbo
+from hooks.model.diffusion import NoiseLevels
 from studies.flops import mean_loops, training_flops
+from studies.machine import Precision
 from studies.tasks import Automaton, Task
-from studies.training_step import LossOn, Precision, Share, TrainingStep, join
+from studies.training_draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_masks, loop_weights, rate
+from studies.training_eval import held_out, idle_loops
+from studies.training_step import LossOn, Share, TrainingStep, join
 
 Kind = Literal["loop", "twin", "deep"]
 
@@ -42,10 +44,17 @@ class TrainConfig:
     budget_flops: float = 3e13       # training FLOPs, counted by studies.flops; equal over a triplet
     batch_size: int = 32
     micro_batches: int = 1           # parts of a batch whose gradients are summed, to fit in memory
-    loops_drawn: Literal["uniform", "equal_flops"] = "uniform"  # S ~ U{1..S_max} (2605.26106), or each S as often
-    #                                  as gives every S the same share of the FLOPs
+    loops_drawn: LoopsDrawn = "uniform"  # S ~ U{1..S_max} (2605.26106); growth: its upper end grows over the first half
+    #                                  of the budget, so that depth is paid for once one pass has learned what it can;
+    #                                  equal_flops: each S as often as gives every S the same share of the FLOPs
+    masks: Masks = "bernoulli"       # each free token masked for itself (2406.07524), or an exact number of them, which
+    #                                  is the same bound with less noise (`hooks.model.diffusion.exact_t`)
+    noise_levels: NoiseLevels = "uniform"  # or bell: middle noise levels more often (after 2605.13026)
     lr: float = 2e-3                 # peak
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, to a tenth of lr over the budget
+    lr_of_kind: dict[str, float] = field(default_factory=dict)  # peak of a kind that learns best with another
+    #                                  one: a comparison of kinds may else be one of learning rates (as in 2610.06833)
+    schedule: Schedule = "cosine"    # after warm-up, to a tenth of the peak over the budget; wsd: in its last part
+    decay_share: float = 0.2         # of the budget, in which wsd decays (2404.06395)
     warmup_steps: int = 200
     weight_decay: float = 0.01       # on matrices only
     ema_decay: float = 0.999         # of the weights that are evaluated and saved
@@ -63,10 +72,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}.")
-        for name, allowed in (("loops_drawn", ("uniform", "equal_flops")), ("loss_on", ("last", "every")),
-                              ("schedule", ("cosine", "linear", "constant")), ("precision", ("fp32", "bf16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
+        for name, allowed in (("kind", Kind), ("loops_drawn", LoopsDrawn), ("masks", Masks), ("loss_on", LossOn),
+                              ("noise_levels", NoiseLevels), ("schedule", Schedule), ("precision", Precision)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}.")
+        if unknown := sorted(set(self.lr_of_kind) - set(get_args(Kind))):
+            raise ValueError(f"lr_of_kind names {unknown}; kinds are {', '.join(get_args(Kind))}.")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share must be above 0 and at most 1, not {self.decay_share}.")
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate of this kind."""
+        return self.lr_of_kind.get(self.kind, self.lr)
 
     def model_config(self) -> LoopMDMConfig:
         """The architecture of this kind: the looped one, or its unlooped twin or deep twin."""
@@ -104,18 +122,20 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
     if resume:
         run.restore()
     began, seconds_before = time.monotonic(), run.seconds
-    bar = tqdm(total=1.0, initial=min(run.flops / config.budget_flops, 1), disable=not (progress and share.leads),
+    bar = tqdm(total=1.0, initial=min(run.spent, 1.0), disable=not (progress and share.leads),
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
     while run.flops < config.budget_flops:
-        before = run.flops
         loss = run.step_once()
         run.seconds = seconds_before + time.monotonic() - began
         bar.set_description(f"{config.task.name}-{config.kind} seed {config.seed} step {run.step} loss {loss:.3f}")
-        bar.update((min(run.flops, config.budget_flops) - before) / config.budget_flops)
+        bar.update(min(run.spent, 1.0) - bar.n)
         finished = run.flops >= config.budget_flops
         if run.step % config.eval_every == 0 or finished:
             run.note(run.evaluate(loss))
             run.save()
+            idle = idle_loops(run.metrics[-1], run.model.config.max_loops)
+            if idle and progress and share.leads and run.spent >= GROWN_AT:
+                bar.write(f"{config.task.name}-{config.kind} seed {config.seed} step {run.step}: {idle}.")
             if on_eval is not None:
                 on_eval(run.metrics[-1])
         expired = config.time_budget_s is not None and time.monotonic() - began > config.time_budget_s
@@ -125,13 +145,6 @@ def train(config: TrainConfig, *, resume: bool = True, progress: bool = True,
     bar.close()
     return TrainResult(run.ema_model(), run.step, run.flops, run.flops >= config.budget_flops, run.seconds,
                        run.step * config.batch_size * config.task.seq_len, run.metrics)
-
-
-def loop_weights(model: LoopMDMConfig, seq_len: int, drawn: str) -> torch.Tensor:
-    """Relative frequency of S = 1 … S_max in training, [loop]: uniform, or in inverse proportion to its FLOPs."""
-    if drawn == "uniform":
-        return torch.ones(model.max_loops)
-    return 1 / torch.tensor([training_flops(model, seq_len=seq_len, n_loops=s) for s in range(1, model.max_loops + 1)])
 
 
 class TrainingRun:
@@ -147,11 +160,11 @@ class TrainingRun:
         self.model.train()
         self.gradient = TrainingStep(self.model, precision=config.precision, compile=config.compile,
                                      loss_on=config.loss_on, micro_batches=config.micro_batches, share=share)
-        self.loop_weights = loop_weights(self.model.config, self.task.seq_len, config.loops_drawn)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                                            {"params": others, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, 0.99))
+                                            {"params": others, "weight_decay": 0.0}],
+                                           lr=config.peak_lr, betas=(0.9, 0.99))
         self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.step, self.flops, self.seconds = 0, 0.0, 0.0
         self.metrics: list[dict[str, float]] = []
@@ -163,14 +176,15 @@ class TrainingRun:
         config, task = self.config, self.task
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         batch = task.sample(config.batch_size, seed=config.seed * 1_000_003 + self.step)
-        t = antithetic_t(config.batch_size, generator=generator)
-        noised = corrupt(batch.tokens, t, task.mask_token_id, free=batch.free, generator=generator)
-        n_loops = 1 + int(torch.multinomial(self.loop_weights, 1, generator=generator))
+        masked = draw_masks(batch.tokens, batch.free, task.mask_token_id, masks=config.masks,
+                            levels=config.noise_levels, generator=generator)
+        weights = loop_weights(self.model.config, task.seq_len, config.loops_drawn, self.spent)
+        n_loops = 1 + int(torch.multinomial(weights, 1, generator=generator))
         lr = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.gradient.backward(batch, noised, t, n_loops)
+        loss = self.gradient.backward(batch, masked.noised, masked.t, n_loops)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
@@ -180,12 +194,15 @@ class TrainingRun:
         self.flops += config.batch_size * training_flops(self.model.config, seq_len=task.seq_len, n_loops=n_loops)
         return loss
 
+    @property
+    def spent(self) -> float:
+        """Share of the FLOPs budget that is spent."""
+        return self.flops / self.config.budget_flops
+
     def _learning_rate(self) -> float:
         config = self.config
         warm = min(1.0, (self.step + 1) / config.warmup_steps)
-        done = min(1.0, self.flops / config.budget_flops)
-        left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
-        return config.lr * warm * (0.1 + 0.9 * left)
+        return config.peak_lr * warm * rate(config.schedule, self.spent, config.decay_share)
 
     # -------------------------------------------------------------- evaluation
 
@@ -197,24 +214,14 @@ class TrainingRun:
                 parameter.copy_(average)
         return model.eval()
 
-    @torch.no_grad()
     def evaluate(self, loss: float) -> dict[str, float]:
-        """Held-out accuracy with every free position masked, in one forward, at 1 loop and at S_max."""
-        batch = self.task.sample(self.config.eval_examples, seed=0, split="test")
-        tokens, free = batch.tokens.to(self.config.device), batch.free.to(self.config.device)
-        model = self.ema_model()
+        """Held-out accuracy and bound of the averaged weights (`studies.training_eval.held_out`), and of a looped
+        model whether its loops are idle, as 0 or 1."""
         row: dict[str, float] = {"step": self.step, "flops": self.flops, "seconds": round(self.seconds, 1),
                                  "lr": self._learning_rate(), "train_loss": loss}
-        noised = tokens.masked_fill(free, self.task.mask_token_id)
-        for n_loops in sorted({1, model.config.max_loops}):
-            predicted = model(noised, n_loops, t=1.0).argmax(-1).cpu()
-            for name, value in self.task.score(predicted, batch).items():
-                row[f"{name}@{n_loops}"] = float(value.mean())
-        generator = torch.Generator().manual_seed(1)
-        t = antithetic_t(len(tokens), generator=generator)
-        noised = corrupt(batch.tokens, t, self.task.mask_token_id, free=batch.free, generator=generator)
-        noised, t = noised.to(self.config.device), t.to(self.config.device)
-        row["nelbo"] = float(nelbo(model(noised, t=t), tokens, noised, t, self.task.mask_token_id, free=free))
+        row |= held_out(self.ema_model(), self.task, examples=self.config.eval_examples)
+        if (s_max := self.model.config.max_loops) > 1:
+            row["loops_idle"] = float(idle_loops(row, s_max) is not None)
         return row
 
     # ------------------------------------------------------------- checkpoints

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooks import HookedLoopMDM
+from studies.machine import Precision, missing_for_compile
 from studies.tasks import Batch
 
-Precision = Literal["fp32", "bf16"]
 LossOn = Literal["last", "every"]
 
 
@@ -70,11 +68,10 @@ def bound(model: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], noised: Int[Te
     rows, targets = masked.nonzero()[:, 0], tokens[masked]
     condition = model.condition(noised, t)
     condition_of_masked = None if condition is None else condition[rows]
-    embedded = model.embed_tokens(noised)
-    x = model.head(embedded, condition)
+    x, injected = model.begin(noised, condition)
     total = torch.zeros((), device=tokens.device)
     for k in range(n_loops):
-        x = model.loop(x, k, embedded, condition)
+        x = model.loop(x, k, injected, condition)
         if loss_on == "last" and k < n_loops - 1:
             continue
         hidden = model.tail_layers(x, condition)[masked][:, None]
@@ -90,6 +87,7 @@ class TrainingStep:
 
     ``precision`` "bf16" runs matrix products in bfloat16 (weights, optimiser and residual stream stay in float32);
     ``compile`` has torch compile the blocks, which needs a C++ compiler on a CPU. Raises RuntimeError without one.
+    What the machine does fast is in `studies.machine`: "bf16" runs on any CPU, without instructions slowly.
     """
 
     def __init__(self, model: HookedLoopMDM, *, precision: Precision = "fp32", compile: bool = False,
@@ -98,13 +96,10 @@ class TrainingStep:
         self.share = share or Share()
         self.device = next(model.parameters()).device.type
         self.precision = precision
-        if precision == "bf16" and self.device == "cpu" and not _has_bf16():
-            warnings.warn("this CPU has no bfloat16 instructions: training in float32 will be faster "
-                          "(precision fp32).", stacklevel=2)
         if compile:
-            if self.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-                raise RuntimeError("compile needs a C++ compiler, and there is no "
-                                   f"{os.environ.get('CXX', 'g++')}: install one, or train with compile off.")
+            if (missing := missing_for_compile(self.device)) is not None:
+                raise RuntimeError(f"compile needs a C++ compiler, and {missing}: install it, or train with compile "
+                                   "off.")
             for block in model.blocks:
                 block.compile(dynamic=False)
 
@@ -140,7 +135,3 @@ class TrainingStep:
             p.grad = flat[at:at + p.numel()].view_as(p)
             at += p.numel()
         return float(flat[0])
-
-
-def _has_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

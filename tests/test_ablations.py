@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
-from studies.ablations import MEASURES, Ablations, find, main, measure
+from studies.ablations import MEASURES, Ablations, attention_change, find, main, measure
 from studies.ablations_report import page, words
+from studies.results import RESULTS
 from studies.zoo import load
+from tests.small import uniform_attention
 from tests.small_zoo import TASK
 
 
@@ -60,8 +63,6 @@ def test_numbers_are_the_models_own(zoo: Path) -> None:
     assert numbers["cells_once"] == pytest.approx(float(once)) == pytest.approx(float(curves.cells.sel(n_loops=1)))
     states = torch.stack([rec.stack(f"blocks.{layer}.hook_resid_post") for layer in (1, 2)])   # [layer, loop, …]
     hidden = states[..., noised == 2, :]
-    step = (hidden[:, -1] - hidden[:, -2]).norm(dim=-1) / hidden[:, -2].norm(dim=-1)
-    assert numbers["last_step"] == pytest.approx(float(step.quantile(0.5)), rel=1e-3)
     growth = hidden[:, 31].norm(dim=-1) / hidden[:, 7].norm(dim=-1)
     assert numbers["norm_growth"] == pytest.approx(float(growth.quantile(0.5)), rel=1e-3)
     target = hidden[:, -1]
@@ -71,10 +72,54 @@ def test_numbers_are_the_models_own(zoo: Path) -> None:
 
 def test_loops_that_add_nothing_are_settled(zoo: Path) -> None:
     still, _ = measure(load(zoo / "automaton-loop-ablation-still"), examples=8, seed=0)
-    assert (still["converged"], still["cyclic"], still["last_step"], still["norm_growth"]) == (1, 0, 0, 1)
+    assert (still["converged"], still["cyclic"], still["norm_growth"]) == (1, 0, 1)
     assert still["exact"] == still["exact_more"]
+    assert np.isnan([still["step_cosine"], still["attention_change"]]).all(), "nothing moves, not even by rounding"
     moving, _ = measure(load(zoo / "automaton-loop-ablation-base"), examples=8, seed=0)
-    assert moving["last_step"] > 0
+    assert moving["norm_growth"] != 1
+    assert np.isfinite(list(moving.values())).all()
+
+
+def test_what_has_no_value_is_told_with_its_reason(zoo: Path, tmp_path: Path) -> None:
+    assert main(Ablations(examples=6, zoo=zoo, results=tmp_path)) == 0
+    text = (tmp_path / "ablations.md").read_text()
+    assert "Change of attention from loop to loop (still): not defined because attention is the same in all" in text
+    assert "Cosine of successive steps (still): not defined because no state moves" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| still |")]
+    assert row.count("not defined") == 2
+    assert "nan" not in row
+
+
+def test_uniform_attention_does_not_change(tmp_path: Path) -> None:
+    loaded = load(entry(tmp_path, "base"))
+    assert attention_change(loaded.model, TASK.sample(8, seed=0).tokens) > 0
+    assert np.isnan(attention_change(uniform_attention(loaded.model), TASK.sample(8, seed=0).tokens))
+
+
+def test_pages_are_rendered_again_from_what_was_measured(zoo: Path, tmp_path: Path, capsys) -> None:
+    """Measures that are no longer told go, words are of today, and no model is run."""
+    assert main(Ablations(examples=6, zoo=zoo, results=tmp_path)) == 0
+    folder = tmp_path / "ablations-automaton"
+    fresh, text = json.loads((folder / "verdict.json").read_text()), (tmp_path / "ablations.md").read_text()
+    old = json.loads(json.dumps(fresh))
+    for row in old["ablations"]:
+        row["values"]["contraction"] = [0.9]
+    old["measures"]["contraction"] = {"name": "contraction factor", "definition": "of old"}
+    old["words"] = ["The contraction factor is 0.9."]
+    (folder / "verdict.json").write_text(json.dumps(old))
+    (tmp_path / "ablations.md").write_text("of old")
+    assert main(Ablations(zoo=tmp_path / "nothing", results=tmp_path, render=True)) == 0
+    assert json.loads((folder / "verdict.json").read_text()) == fresh
+    assert (tmp_path / "ablations.md").read_text() == text
+    assert "ontraction" not in (folder / "report.html").read_text()
+
+    for row in old["ablations"]:
+        del row["values"]["exact"]
+    (folder / "verdict.json").write_text(json.dumps(old))
+    assert main(Ablations(results=tmp_path, render=True)) == 2
+    assert "lacks the measures exact" in capsys.readouterr().err
+    assert main(Ablations(results=tmp_path / "nothing", render=True)) == 2
+    assert "verdict.json is missing" in capsys.readouterr().err
 
 
 def test_the_study_writes_a_page_that_names_every_change(zoo: Path, tmp_path: Path, capsys) -> None:
@@ -90,12 +135,36 @@ def test_the_study_writes_a_page_that_names_every_change(zoo: Path, tmp_path: Pa
 
 
 def test_words_tell_what_leaves_the_range_of_the_bases_seeds() -> None:
-    def row(change: str, *converged: float | None) -> dict:
-        return {"change": change, "values": {"converged": list(converged), "exact": [None], "contraction": [None]}}
-
     told = words([row("base", 0.4, 0.6), row("injection", 0.9), row("all", 0.5), row("one", 0.1), row("four", None)])
-    assert told == ["In the base the share of states that converge is 0.40 to 0.60 over 2 seeds; it is higher with "
-                    "input injected at each loop (0.90), and lower with one looped layer (0.10)."]
+    assert told == ["In the base the share of states whose direction settles is 0.40 to 0.60 over 2 seeds. Higher than "
+                    "that by at least 0.05: input injected at each loop (0.90); lower by as much: one looped layer "
+                    "(0.10)."]
+
+
+def row(change: str, *converged: float | None, growth: float | None = None) -> dict:
+    return {"change": change, "values": {"converged": list(converged), "exact": [None], "norm_growth": [growth]}}
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.6 + 4e-16, False), (0.61, False), (0.64, False), (0.65, True),
+                                             (0.4 - 4e-16, False), (0.36, False), (0.35, True)])
+def test_a_change_within_the_smallest_effect_is_not_told(value: float, told: bool) -> None:
+    (sentence,) = words([row("base", 0.4, 0.6), row("injection", value)])
+    assert ("input injected" in sentence) == told
+
+
+def test_words_tell_whether_states_come_to_rest() -> None:
+    assert words([row("base", None, growth=1.0), row("all", None, growth=4.0)]) == [
+        "From loop 8 to loop 32 the norm of the state grows by a factor of 1.0 to 4.0, by 1.1 or more in 1 of 2 "
+        "variants; there no state comes to rest, and only its direction can settle."]
+    assert "in all 2 variants: no state" in words([row("base", None, growth=3.0), row("all", None, growth=4.0)])[0]
+
+
+def test_bundled_pages_speak_of_no_contraction() -> None:
+    """Where a state's norm grows linearly, a contraction factor and a last step of 1/128 say nothing."""
+    for file in ("ablations.md", "ablations-automaton/verdict.json", "ablations-automaton/report.html"):
+        text = (RESULTS / file).read_text()
+        assert "contraction" not in text
+        assert "relative step at loop" not in text
 
 
 def test_without_a_base_the_message_says_what_to_train(tmp_path: Path, capsys) -> None:

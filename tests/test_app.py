@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def app(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.setenv("LOOPSCOPE_ZOO", str(folders[0]))
     monkeypatch.setenv("LOOPSCOPE_RESULTS", str(folders[1]))
-    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=600)
 
 
 def opened(app: AppTest, page: str, **query: str) -> AppTest:
@@ -164,11 +164,22 @@ def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tup
     verdict = json.loads((folders[1] / "rerun-automaton" / "verdict.json").read_text())
     opened(app, "verdict")
     text = "\n".join(str(part.value) for part in (*app.title, *app.markdown))
-    for words in (verdict["question"], verdict["operation"]["words"], verdict["content"]["words"]):
+    for words in (verdict["question"], verdict["conclusion"], verdict["operation"]["words"],
+                  verdict["content"]["words"]):
         assert words in text
+    assert "gray-badge[open]" in text
+    assert "green" not in text, "nothing here is shown to be so"
     table = app.dataframe[0].value
     assert table["measure"].tolist() == [row["measure"] for row in verdict["table"]]
     assert {button.key for button in app.get("download_button")} >= {"report", "json"}
+
+
+def test_the_dynamics_page_tells_no_factor_by_which_loops_contract(app: AppTest) -> None:
+    """A state that grows by one vector again and again nears its own end as 1/k: no factor per loop describes it."""
+    opened(app, "dynamics", loops="8")
+    said = "\n".join(str(caption.value) for caption in app.caption)
+    assert "multiplies" not in said
+    assert "7.8e-03 is what a state shows that grows by one vector again and again" in said
 
 
 @pytest.mark.parametrize("damage", ["gone", "half"])
@@ -181,7 +192,7 @@ def test_missing_or_damaged_results_name_the_command(app: AppTest, damage: str, 
         (tmp_path / "rerun-automaton" / "verdict.json").write_text("{}")
     app.run()
     assert not app.exception
-    said = app.info[0].value if damage == "gone" else app.error[0].value
+    said = app.info[0].value if damage == "gone" else app.warning[0].value
     assert "python studies/rerun.py" in said
 
 

@@ -32,7 +32,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"flops": 4e9, "nel')
     for name in ("zoo", "runs", "results"):
         monkeypatch.setenv(f"LOOPSCOPE_{name.upper()}", str(tmp_path / name))
-    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=600)
 
 
 def test_the_training_page_shows_the_zoo_and_follows_a_run(app: AppTest, tmp_path: Path) -> None:

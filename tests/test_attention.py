@@ -42,7 +42,7 @@ def test_patterns_of_some_layers_loops_and_examples() -> None:
     assert list(zip(some.layer.values.tolist(), some.loop.values.tolist(), strict=True)) == [(0, -1), (2, 2)]
     assert some.batch.values.tolist() == [2, 0]
     np.testing.assert_allclose(some, every.sel(depth=some.depth).isel(batch=[2, 0]), atol=1e-6)
-    with pytest.raises(SiteError, match="cannot fire"):
+    with pytest.raises(SiteError, match="does not run"):
         patterns(model, noised, n_loops=N_LOOPS, layers=[1], loops=[3])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
 
-from hooks.model.diffusion import SamplerConfig, antithetic_t, corrupt, nelbo, sample
+from hooks.model.diffusion import SamplerConfig, antithetic_t, corrupt, corrupt_exactly, exact_t, nelbo, sample
 from tests.small import MASK, small_model
 
 
@@ -33,6 +34,77 @@ def test_corrupt_masks_free_positions_at_rate_t():
     rate = (noised[:, 5:] == MASK).float().mean()
     assert rate == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 60_000))
     assert (corrupt(tokens, 1.0, MASK, free=free, generator=seeded())[:, 5:] == MASK).all()
+
+
+def test_exact_sizes_are_even_over_the_batch_and_uniform():
+    n_free = torch.full((400,), 8)
+    k = (exact_t(n_free, generator=seeded()) * n_free).round().long()
+    assert torch.bincount(k, minlength=9).tolist() == [0] + [50] * 8, "as often each, from 1 to n"
+    assert not torch.equal(k, k.sort().values)
+    assert (exact_t(torch.ones(50, dtype=torch.long), generator=seeded()) == 1).all()
+    mixed = torch.tensor([1, 2, 3, 7] * 30)
+    k = exact_t(mixed, generator=seeded(1)) * mixed
+    torch.testing.assert_close(k, k.round())
+    assert ((k >= 1) & (k <= mixed)).all()
+    with pytest.raises(ValueError, match="at least one free position"):
+        exact_t(torch.tensor([3, 0]))
+
+
+def test_exact_masks_hide_as_many_free_tokens_as_they_say_each_choice_alike():
+    tokens = torch.zeros(6000, 7, dtype=torch.long)
+    free = torch.zeros(6000, 7, dtype=torch.bool)
+    free[:, 2:6] = True
+    t = torch.tensor([0.25, 0.5, 1.0]).repeat(2000)
+    noised = corrupt_exactly(tokens, t, MASK, free=free, generator=seeded()) == MASK
+    assert not (noised & ~free).any()
+    assert noised.sum(1).tolist() == [1, 2, 4] * 2000
+    codes = (noised[1::3, 2:6].long() * torch.tensor([8, 4, 2, 1])).sum(1)
+    counts = torch.bincount(codes, minlength=16)[[3, 5, 6, 9, 10, 12]]
+    assert counts.sum() == 2000, "two of four"
+    assert (counts - 2000 / 6).abs().max() < 4 * math.sqrt(2000 / 6), "every pair as often"
+    assert (corrupt_exactly(tokens[:2], torch.ones(2), MASK) == MASK).all()
+
+
+def test_the_bound_is_the_same_with_exact_masks_for_any_model():
+    """Over all masks of five tokens: the integral over t of the Bernoulli bound, against the mean over sizes."""
+    n, vocab = 5, 4
+    tokens = torch.randint(0, vocab - 1, (1, n), generator=seeded())
+    masks = [mask for size in range(1, n + 1) for mask in combinations(range(n), size)]
+    logits = {mask: torch.randn(1, n, vocab, generator=seeded(i), dtype=torch.float64) for i, mask in enumerate(masks)}
+
+    def at(mask: tuple[int, ...], t: float) -> float:
+        noised = tokens.clone()
+        noised[0, list(mask)] = vocab - 1
+        return float(nelbo(logits[mask], tokens, noised, torch.tensor([t], dtype=torch.float64), vocab - 1))
+
+    exact = sum(at(mask, len(mask) / n) / n / math.comb(n, len(mask)) for mask in masks)
+    nodes = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    bernoulli = sum(at(mask, 1.0) * float((nodes ** (len(mask) - 1) * (1 - nodes) ** (n - len(mask))).mean())
+                    for mask in masks)   # weight 1/t times the probability of the mask
+    assert exact == pytest.approx(bernoulli, rel=1e-6)
+    draws = 40_000
+    many = tokens.expand(draws, -1)
+    estimates = []
+    for t, corruption in ((exact_t(torch.full((draws,), n), generator=seeded(1)), corrupt_exactly),
+                          (antithetic_t(draws, generator=seeded(1)), corrupt)):
+        noised = corruption(many, t, vocab - 1, generator=seeded(2))
+        found = [tuple(row.nonzero()[:, 0].tolist()) for row in noised == vocab - 1]
+        given = torch.stack([logits[mask][0] if mask else torch.zeros(n, vocab, dtype=torch.float64) for mask in found])
+        estimates.append(float(nelbo(given, many, noised, t, vocab - 1)))
+    assert estimates[0] == pytest.approx(exact, rel=0.01)
+    assert estimates[1] == pytest.approx(exact, rel=0.05)
+
+
+def test_bell_levels_favour_the_middle_evenly():
+    t = antithetic_t(4000, levels="bell", generator=seeded())
+    expected = [0.5 * (1 + math.erf(math.log(x / (1 - x)) / math.sqrt(2))) for x in (0.25, 0.5, 0.75)]
+    assert [float((t < x).float().mean()) for x in (0.25, 0.5, 0.75)] == pytest.approx(expected, abs=2e-3)
+    k = exact_t(torch.full((4000,), 5), levels="bell", generator=seeded()) * 5
+    share = torch.histc(k, bins=5, min=0.5, max=5.5) / 4000
+    assert share[2] > 1.5 * share[0]
+    assert share[2] > 1.5 * share[4]
+    with pytest.raises(ValueError, match="noise levels must be 'uniform' or 'bell', not 'flat'"):
+        antithetic_t(4, levels="flat")
 
 
 def test_nelbo_equals_a_naive_loop():

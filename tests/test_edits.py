@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +56,12 @@ def _no_gradients() -> Any:
     lambda model, rec: steer("**.hook_resid_post", torch.ones(16), scale=0.0),
     lambda model, rec: ablate(POST, at=slice(0, 0)),
     lambda model, rec: ablate(POST, "resample", at=torch.zeros(3, 9, dtype=torch.bool)),
+    lambda model, rec: ablate(POST, at=[]),
+    lambda model, rec: patch("**.hook_resid_post", {s: v + 1 for s, v in rec.items()}, at=torch.tensor([])),
+    lambda model, rec: steer(f"{POST}@2", torch.ones(16), at=()),
+    lambda model, rec: freeze(0, at=np.array([], dtype=int)),
+    lambda model, rec: skip_loop(2, at=[]),
+    lambda model, rec: skip_layer(1, 2, at=range(0)),
     lambda model, rec: repeat_loop(2, times=1),
     lambda model, rec: swap_loops(1, 3),
     lambda model, rec: swap_layers(1, 1, 2),
@@ -63,7 +70,32 @@ def _no_gradients() -> Any:
 ])
 def test_identities_hold_bit_for_bit(make: Callable[..., Edit], model: HookedLoopMDM, tokens: Tensor) -> None:
     plain, rec = model.run_with_cache(tokens, N, names_filter=["**.hook_resid_post", "**.hook_mlp_out"])
-    assert torch.equal(run(model, tokens, make(model, rec)), plain)
+    edited = make(model, rec)
+    if edited.name.startswith("freeze"):  # it asks for patterns, and a materialised one rounds otherwise
+        plain = model.run_with_hooks(tokens, N, fwd_hooks=[("**.attn.hook_pattern@*", lambda x, hook: None)])
+    assert torch.equal(run(model, tokens, edited), plain)
+
+
+@pytest.mark.parametrize("at", [[4, -1], (4, 8), range(4, 9, 4), np.array([4, 8]), torch.tensor([4, 8]).int(),
+                                [False, False, False, False, True, False, False, False, True]])
+def test_positions_may_be_written_in_many_ways(at: Any, model: HookedLoopMDM, tokens: Tensor) -> None:
+    vector = torch.ones(16)
+    assert torch.equal(run(model, tokens, steer(POST, vector, at=at)),
+                       run(model, tokens, steer(POST, vector, at=torch.tensor([4, 8]))))
+    assert torch.equal(run(model, tokens, steer(POST, vector, at=4)), run(model, tokens, steer(POST, vector, at=[4])))
+
+
+@pytest.mark.parametrize(("at", "message"), [
+    ([9], r"`at` chooses the positions \[9\], and this run has 9: 0\.\.8"),
+    ([0, -10], r"`at` chooses the positions \[0, -10\]"),
+    ([0.5], r"`at` chooses positions by a slice, whole numbers or booleans, not by \[0\.5\]"),
+    (torch.zeros(1, 2, 3, dtype=torch.long), r"whole numbers or booleans"),
+    (torch.zeros(0, dtype=torch.bool), r"one value for each of 9, not 0"),
+])
+def test_positions_that_are_not_there_are_refused(at: Any, message: str, model: HookedLoopMDM, tokens: Tensor) -> None:
+    for edited in (ablate(POST, at=at), skip_loop(2, at=at)):
+        with pytest.raises(ValueError, match=message):
+            run(model, tokens, edited)
 
 
 def test_freezing_from_the_last_loop_changes_nothing(model: HookedLoopMDM, tokens: Tensor) -> None:
@@ -254,6 +286,8 @@ def test_gradients_flow_through_edits(model: HookedLoopMDM, tokens: Tensor) -> N
     ([steer(POST, torch.ones(16), at=torch.ones(9, 3, dtype=torch.bool))], ValueError, r"boolean and \[batch, pos\]"),
     ([freeze(7)], SiteError, "cannot fire"),
     ([freeze(1, "blocks.0.attn.hook_pattern")], SiteError, "runs once per forward"),
+    ([freeze((1, 0))], SiteError, r"looped over 1 cycle, and from_loop=\(1, 0\) names 2: give one number for each"),
+    ([skip_loop(1), freeze(1)], SiteError, "cannot be frozen from loop 1: an edit of this run skips it there"),
 ])
 def test_impossible_edits_are_refused(edits: list[Edit], kind: type[Exception], message: str, model: HookedLoopMDM,
                                       tokens: Tensor) -> None:

@@ -51,27 +51,96 @@ def lens(noised: torch.Tensor, clean: torch.Tensor) -> xr.Dataset:
     return read_lens(small_model(), noised, n_loops=N_LOOPS, kind="coda", targets=clean, top_k=3).isel(batch=0)
 
 
+def corners(trace: go.Scatter) -> set[tuple[int, int]]:
+    """(x, y) of the cells that corner marks are in; each is an outline of four points and a gap."""
+    x, y = (np.asarray(values, dtype=float).reshape(-1, 5) for values in (trace.x, trace.y))
+    assert np.isnan(x[:, 4]).all()
+    cells = np.stack([x[:, :4].mean(1).round(), y[:, :4].mean(1).round()], 1)
+    inside = (np.abs(x[:, :4] - cells[:, :1]) <= 0.5) & (np.abs(y[:, :4] - cells[:, 1:]) <= 0.5)
+    assert inside.all(), "a mark stays in its cell"
+    return {(int(i), int(j)) for i, j in cells}
+
+
+def covers_the_middle(trace: go.Scatter) -> bool:
+    """Whether any corner mark reaches the middle of its cell, where the cell's token is written."""
+    x, y = (np.asarray(values, dtype=float).reshape(-1, 5)[:, :4] for values in (trace.x, trace.y))
+    return bool(((x.min(1) <= x.mean(1).round()) & (y.max(1) >= y.mean(1).round())).any())
+
+
 @pytest.mark.parametrize("colour", COLOURS)
-@pytest.mark.parametrize("positions", [list(range(9)), [3, 4]])
+@pytest.mark.parametrize("positions", [list(range(9)), [5, 6], list(range(9)) * 4])
 def test_the_lens_grid_shows_the_lens(lens: xr.Dataset, clean: torch.Tensor, noised: torch.Tensor, colour: str,
                                       positions: list[int]) -> None:
-    tokens = clean[0].numpy()
+    tokens, asked = clean[0].numpy(), (noised[0] == MASK).numpy()[positions]
+    assert asked.any()
     figure = lens_grid(lens, colour, LOOK, tokens=tokens, positions=positions, region_name="row", regions=REGIONS)
-    heat, crosses = figure.data[:2]
-    np.testing.assert_array_equal(heat.z, lens[colour].values.T[positions])
-    assert heat.text[0][0] == LOOK.token_names[int(lens.prediction.values[0, positions[0]])]
+    heat = figure.data[0]
+    np.testing.assert_array_equal(heat.z[asked], lens[colour].values.T[positions][asked])
+    assert np.isnan(heat.z[~asked]).all(), "what was not asked has no value"
+    predicted = lens.prediction.values.T[positions]
+    assert heat.text[asked].tolist() == np.asarray(LOOK.token_names)[predicted][asked].tolist()
+    assert (heat.texttemplate is not None) == (len(positions) <= 26)
     expected = {(d, i) for i, p in enumerate(positions) for d in range(lens.sizes["depth"])
-                if noised[0, p] == MASK and lens.prediction.values[d, p] != tokens[p]}
-    assert set(zip(crosses.x, crosses.y, strict=True)) == expected
+                if asked[i] and lens.prediction.values[d, p] != tokens[p]}
+    wrong = next(trace for trace in figure.data if trace.name == "prediction is wrong")
+    assert corners(wrong) == expected
+    assert not covers_the_middle(wrong), "the wrong token stays readable"
     assert f"cell {positions[0]}" in heat.customdata[0][0]
     assert figure.layout.xaxis.title.text == "layer"
     if colour == "nll":
         assert heat.zmid == pytest.approx(np.log(6))   # white is a uniform guess among six tokens
 
 
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("n_asked", [0, 4, 9])
+def test_positions_that_were_not_asked_are_grey_and_show_what_stands_there(lens: xr.Dataset, clean: torch.Tensor,
+                                                                           colour: str, n_asked: int) -> None:
+    tokens, asked = clean[0].numpy(), np.arange(9) < n_asked
+    figure = lens_grid(lens.assign_coords(scored=("pos", asked)), colour, LOOK, tokens=tokens, positions=range(9),
+                       region_name="row", regions=REGIONS)
+    grey = [trace for trace in figure.data if trace.name == "not asked"]
+    assert len(grey) == (n_asked < 9)
+    for trace in grey:
+        assert (np.isfinite(trace.z).all(1) == ~asked).all()
+        assert len({colour for _, colour in trace.colorscale}) == 1
+        red, green, blue = (int(trace.colorscale[0][1][i:i + 2], 16) for i in (1, 3, 5))
+        assert max(red, green, blue) - min(red, green, blue) < 12, "grey"
+        assert trace.text[~asked].tolist() == [[LOOK.token_names[t]] * lens.sizes["depth"] for t in tokens[~asked]]
+        assert "visible" in trace.customdata[8][0], "and says so under the pointer"
+        assert any(key.showlegend is not False and "not asked" in str(key.name) and key.type == "scatter"
+                   for key in figure.data)
+    assert np.isfinite([figure.data[0].zmin, figure.data[0].zmax]).all(), "a scale also where nothing is asked"
+
+
+def test_words_too_long_for_their_cell_are_cut_or_left_out(lens: xr.Dataset, clean: torch.Tensor) -> None:
+    look = Look((1, 9), ["a", "representative", *"cdef", "■"], [f"token {i}" for i in range(9)])
+    tokens = np.full(9, 1)
+    one = np.zeros(9, dtype=int)
+
+    def drawn(depths: int) -> go.Figure:
+        deep = lens.isel(depth=np.arange(depths) % lens.sizes["depth"])
+        deep["prediction"] = deep.prediction * 0 + 1
+        return lens_grid(deep, "nll", look, tokens=tokens, positions=range(9), region_name="text", regions=one)
+
+    few = drawn(8).data[0]
+    asked = np.isfinite(few.z)
+    assert set(few.text[asked]) == {"repre…"}
+    assert few.texttemplate
+    assert drawn(60).data[0].texttemplate is None, "too narrow for six letters"
+
+
+def test_a_task_of_one_region_shows_its_tokens_in_every_row(lens: xr.Dataset, clean: torch.Tensor) -> None:
+    """There is no smaller part to choose."""
+    positions = list(range(9)) * 7
+    for regions, shown in ((np.zeros(9, dtype=int), True), (REGIONS, False)):
+        figure = lens_grid(lens, "nll", LOOK, tokens=clean[0].numpy(), positions=positions, region_name="row",
+                           regions=regions)
+        assert (figure.data[0].texttemplate is not None) == shown
+
+
 def test_region_curves_average_masked_positions(lens: xr.Dataset) -> None:
     figure = region_curves(lens, "nll", REGIONS, "row")
-    masked = lens.masked.values
+    masked = lens.scored.values
     shown = {trace.name: trace.y for trace in figure.data}
     assert set(shown) == {f"row {r}" for r in np.unique(REGIONS[masked])}
     for r in np.unique(REGIONS[masked]):
@@ -80,7 +149,7 @@ def test_region_curves_average_masked_positions(lens: xr.Dataset) -> None:
 
 
 @pytest.mark.parametrize("look", [LOOK, BINARY])
-def test_token_grids_draw_tokens_and_cross_what_is_wrong(look: Look) -> None:
+def test_token_grids_draw_tokens_and_mark_what_is_wrong(look: Look) -> None:
     tokens = np.array([0, 1, look.mask, 0, 1, 0, 1, 1, 0])
     wrong = np.zeros(9, dtype=bool)
     wrong[[1, 5]] = True
@@ -88,8 +157,9 @@ def test_token_grids_draw_tokens_and_cross_what_is_wrong(look: Look) -> None:
     heats = [trace for trace in figure.data if trace.type == "heatmap"]
     assert len(heats) == 2
     assert [name for row in heats[0].text for name in row] == [look.token_names[t] for t in tokens]
-    cross = next(trace for trace in figure.data if trace.name == "wrong" and trace.x[0] is not None)
-    assert set(zip(cross.x, cross.y, strict=True)) == {(1, 0), (2, 1)}
+    mark = next(trace for trace in figure.data if trace.name == "wrong" and trace.x[0] is not None)
+    assert corners(mark) == {(1, 0), (2, 1)}
+    assert not covers_the_middle(mark), "the wrong token stays readable"
     assert [note.text for note in figure.layout.annotations] == ["a", "b"]
 
 
@@ -109,8 +179,9 @@ def test_a_line_of_tokens_is_broken_like_text(n: int, names: Sequence[str], shap
     assert set(text[n:]) <= {""}
     assert np.isnan(figure.data[0].z.flatten()[n:].astype(float)).all()
     assert figure.data[0].customdata.reshape(-1, 2)[n - 1].tolist() == [f"token {n - 1}", names[tokens[-1]]]
-    cross = next(trace for trace in figure.data if trace.name == "wrong" and trace.x[0] is not None)
-    assert (cross.y[0], int(cross.x[0])) == divmod(n - 1, shape[1]), "in its cell, beside the word if there is one"
+    mark = next(trace for trace in figure.data if trace.name == "wrong" and trace.x[0] is not None)
+    assert corners(mark) == {divmod(n - 1, shape[1])[::-1]}
+    assert not covers_the_middle(mark)
     board = mask_editor(tokens, wrong, wrong, look).data[0]
     assert list(zip(board.y, board.x, strict=True)) == [divmod(i, shape[1]) for i in range(n)]
     values = value_grids([np.arange(n) / n], ["x"], look, bar="share", zmax=1.0).data[0].z.flatten()
@@ -232,6 +303,16 @@ def test_evidence_draws_every_interval() -> None:
     assert figure.data[0].error_x.arrayminus[0] == pytest.approx(0.1)
     assert [trace.showlegend for trace in figure.data] == [True, True, False]
     assert [note.text for note in figure.layout.annotations[:2]] == ["ratio same / different", "gain"]
+
+
+def test_evidence_leaves_out_what_has_no_value_and_draws_each_untrained_model() -> None:
+    spread = {"value": 0.6, "low": 0.5, "high": 0.8, "each": [0.5, 0.5, 0.8]}
+    table = [{"measure": "ratio", "loop": {"undefined": "one layer is looped"}, "untrained": spread}]
+    figure = evidence(table, {"loop": "LoopMDM", "untrained": "3 untrained LoopMDMs"})
+    mean, each = figure.data
+    assert mean.x == (0.6,)
+    assert each.x == (0.5, 0.5, 0.8)
+    assert set(each.y) == set(mean.y)
 
 
 def test_depths_are_named_by_layer_and_loop() -> None:

@@ -76,6 +76,18 @@ def test_labels_and_tuples():
     assert torch.equal(logits, out.logits)
 
 
+def test_padding_reaches_the_model(folder):
+    model, path = folder
+    loaded = AutoModelForMaskedLM.from_pretrained(path)
+    tokens, mask = small_tokens(), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens, mask, n_loops=2).logits, model(tokens, 2, attention_mask=mask))
+        torch.testing.assert_close(loaded(tokens, attention_mask=mask, n_loops=2).logits[1:2, :5],
+                                   loaded(tokens[1:2, :5], n_loops=2).logits)
+        assert torch.equal(loaded(tokens, torch.ones(3, 9), n_loops=2).logits, model(tokens, 2))
+
+
 def test_a_model_from_a_configuration_alone():
     config = LoopMDMPretrainedConfig(**small_model().config.to_dict())
     torch.manual_seed(3)
@@ -130,7 +142,7 @@ def test_a_depth_that_no_number_of_loops_has(folder):
 def test_refusals(folder):
     _, path = folder
     loaded = AutoModelForMaskedLM.from_pretrained(path)
-    with pytest.raises(ValueError, match=r"attention_mask must be all ones"):
+    with pytest.raises(ValueError, match=r"example 0 is padding alone: leave it out of the batch"):
         loaded(small_tokens(), attention_mask=torch.zeros(3, 9))
     with pytest.raises(ValueError, match=r"pass input_ids, not inputs_embeds"):
         loaded(inputs_embeds=torch.zeros(3, 9, 16))
@@ -140,7 +152,7 @@ def test_refusals(folder):
 
 
 def test_transformers_is_imported_only_when_asked_for():
-    code = ("import sys, hooks, hooks.unroll, hooks.bridges.interop, hooks.bridges.checkpoints; "
+    code = ("import sys, hooks, hooks.bridges.unroll, hooks.bridges.interop, hooks.bridges.checkpoints; "
             "print([m for m in ('transformers', 'transformer_lens') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

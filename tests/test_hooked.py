@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
 import threading
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hooks import HookedLoopMDM, SiteError
+from hooks.edits import edit, skip_loop, steer
 from hooks.recording import Recording, axes_of
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 
@@ -112,6 +116,10 @@ def test_positions_dtype_and_device_of_the_copy() -> None:
         _, cut = model.run_with_cache(tokens, n_loops=2, names_filter=names, pos_slice=pos)
         for site in full:
             assert torch.equal(cut[site], full[site][:, pos])
+    for listed in ([8, 0], [], [True] + [False] * 8):  # lists, as a tensor of them
+        _, cut = model.run_with_cache(tokens, n_loops=2, names_filter=names, pos_slice=listed, batch_slice=[2, 0])
+        for site in full:
+            assert torch.equal(cut[site], full[site][[2, 0]][:, listed])
     _, half = model.run_with_cache(tokens, n_loops=2, names_filter=names, dtype=torch.bfloat16, device="cpu")
     assert all(torch.equal(half[site], full[site].bfloat16()) for site in full)
 
@@ -318,6 +326,78 @@ def test_hooks_are_removed_after_exceptions(kind: type[BaseException]) -> None:
         with pytest.raises(TypeError, match=r"the reducer returned float at .*it must return a tensor"):
             model.run_with_cache(tokens, reduce=lambda x, name: float(x.mean()))
         assert attached(model) == 0
+
+
+@pytest.mark.parametrize("make", [lambda x: 0.0, lambda x: x.numpy(), lambda x: (x, x), lambda x: [x], lambda x: True])
+def test_hooks_that_return_something_else_than_a_tensor_are_refused(make: Any) -> None:
+    model, tokens = small_model(), small_tokens()
+    with torch.no_grad(), pytest.raises(TypeError, match=r"the hook at blocks\.1\.hook_resid_post@1 returned a .*: "
+                                                         r"return a tensor to replace the activation, or None to"):
+        model.run_with_hooks(tokens, 2, fwd_hooks=[("blocks.1.hook_resid_post@1", lambda x, hook: make(x))])
+    assert attached(model) == 0
+
+
+@pytest.mark.parametrize(("site", "make"), [
+    ("blocks.1.hook_resid_post@1", lambda x: x[:1]), ("blocks.1.hook_mlp_out@1", lambda x: x.mean(1, keepdim=True)),
+    ("blocks.1.hook_attn_out@1", lambda x: x.mean()), ("blocks.1.attn.hook_pattern@1", lambda x: x[:, :1]),
+    ("blocks.1.hook_resid_mid@1", lambda x: x[0, 0]), ("hook_embed", lambda x: x[None]),
+    ("blocks.1.ln1.hook_scale@1", lambda x: x[..., 0, :]),
+])
+def test_hooks_that_return_another_shape_are_refused_even_where_it_would_run_on(site: str, make: Any) -> None:
+    model, tokens = small_model(), small_tokens()
+    name = re.escape(site)
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"the hook at {name} returned shape \(.*\), the activation "
+                                                          r"there has shape \(3, .*: return the same shape"):
+        model.run_with_hooks(tokens, 2, fwd_hooks=[(site, lambda x, hook: make(x))])
+
+
+@pytest.mark.parametrize("make", [lambda x: x.double(), lambda x: x > 0, lambda x: x.bfloat16()])
+def test_hooks_that_return_another_dtype_are_refused(make: Any) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=r"the hook at blocks\.3\.hook_resid_post returned torch\..* "
+                                                          r"on cpu, .* torch\.float32 on cpu: return value\.to\("):
+        small_model().run_with_hooks(small_tokens(), 2,
+                                     fwd_hooks=[("blocks.3.hook_resid_post", lambda x, hook: make(x))])
+
+
+def test_hooks_on_gradients_are_held_to_the_same() -> None:
+    model, tokens = small_model(), small_tokens()
+    for make, kind in ((lambda g: g[:1], ValueError), (lambda g: 0.0, TypeError), (lambda g: g.double(), ValueError)):
+        with (model.hooks(bwd_hooks=[("blocks.1.hook_resid_post@1", lambda g, hook, make=make: make(g))], n_loops=2),
+              pytest.raises(kind, match=r"the hook at blocks\.1\.hook_resid_post@1 \(gradient\) returned")):
+            model(tokens, 2)[..., :MASK].sum().backward()
+
+
+def test_a_copy_has_no_hooks_and_no_edits() -> None:
+    model, tokens = small_model(), small_tokens()
+    copies: list[HookedLoopMDM] = []
+    with torch.no_grad():
+        plain = model(tokens, 3)
+        hooks = [("blocks.1.hook_resid_post", lambda x, hook: x * 2), skip_loop(1),
+                 ("hook_embed", lambda x, hook: copies.append(copy.deepcopy(model)) if not copies else None)]
+        with model.hooks(hooks, n_loops=3):
+            copies += [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+            edited = model(tokens, 3)
+            for twin in copies:
+                assert torch.equal(twin(tokens, 3), plain)
+            assert torch.equal(model(tokens, 3), edited)
+        assert not torch.allclose(edited, plain)
+        for twin in copies:
+            assert attached(twin) == 0
+            assert twin.replans == ()
+            with edit(twin, [steer("hook_embed", torch.ones(16))], n_loops=3):
+                assert not torch.allclose(twin(tokens, 3), plain)
+            assert torch.equal(twin(tokens, 3), plain)
+
+
+def test_a_recording_by_regular_expression() -> None:
+    model, tokens = small_model(), small_tokens()
+    _, rec = model.run_with_cache(tokens, 2, names_filter=re.compile(r"resid_(pre|post)$"))
+    _, same = model.run_with_cache(tokens, 2, names_filter=["**.hook_resid_pre", "**.hook_resid_post"])
+    assert list(rec) == list(same)
+    fired: list[str] = []
+    model.run_with_hooks(tokens, 2, fwd_hooks=[(re.compile(r"^blocks\.2\.hook_mlp"), lambda x, hook: fired.append(
+        hook.site))])
+    assert fired == ["blocks.2.hook_mlp_out@0", "blocks.2.hook_mlp_out@1"]
 
 
 def test_nested_contexts_undo_only_their_own_hooks() -> None:

@@ -11,7 +11,8 @@ from scipy.special import rel_entr
 from torch import Tensor
 
 from hooks import HookedLoopMDM
-from probes import lenses, read_lens
+from probes import read_lens
+from probes.lenses import reading
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 
 N_LOOPS = 3
@@ -65,7 +66,7 @@ def test_every_depth_agrees_with_layers_applied_by_hand(kind: Any, variant: str)
     with torch.no_grad():
         condition = model.condition(noised)
         _, rec = model.run_with_cache(noised, N_LOOPS)
-        rotary = (model.rotary_cos[:9], model.rotary_sin[:9])
+        rotary = model.rotary(9)
         for depth, (layer, _) in enumerate(topology.unrolled()):
             x = rec[topology.site_at(depth)]
             if kind == "coda":
@@ -107,7 +108,7 @@ def test_another_answer_can_stand_for_the_final_one() -> None:
 def test_working_in_small_chunks_changes_nothing(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(**VARIANTS["everything"])
     whole = read_lens(model, small_tokens(), n_loops=N_LOOPS, kind=kind, targets=targets(), t=LEVELS)
-    monkeypatch.setattr(lenses, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(reading, "CHUNK_ELEMENTS", 1)
     in_rows = read_lens(model, small_tokens(), n_loops=N_LOOPS, kind=kind, targets=targets(), t=LEVELS)
     for name in ("nll", "entropy", "kl_to_final"):
         np.testing.assert_allclose(in_rows[name], whole[name], atol=1e-5)
@@ -118,7 +119,7 @@ def test_results_carry_axes_roles_units_and_source_and_the_model_is_left_clean()
     lens = read_lens(model, noised, n_loops=N_LOOPS, kind="coda", targets=targets())
     assert lens.layer.values.tolist() == [0, 1, 2, 1, 2, 1, 2, 3]
     assert lens.loop.values.tolist() == [-1, 0, 0, 1, 1, 2, 2, -1]
-    np.testing.assert_array_equal(lens.masked, noised == MASK)
+    np.testing.assert_array_equal(lens.scored, noised == MASK)
     assert lens.nll.attrs["units"] == "nat"
     assert lens.probability.attrs["units"] == "probability"
     assert all("2507.02199" in v.attrs["source"] and v.attrs["definition"] for v in lens.data_vars.values())
@@ -130,7 +131,8 @@ def test_results_carry_axes_roles_units_and_source_and_the_model_is_left_clean()
     ({"top_k": 8}, "top_k must be between 1 and the vocabulary's 7, not 8"),
     ({"targets": torch.full((3, 9), MASK)}, r"targets must be clean tokens: ids in 0..6 other than the mask \(6\)"),
     ({"targets": torch.full((3, 9), -1)}, "targets must be clean tokens"),
-    ({"targets": torch.zeros(3, 8, dtype=torch.long)}, r"targets have shape \(3, 8\), the noised tokens \(3, 9\)"),
+    ({"targets": torch.zeros(3, 8, dtype=torch.long)},
+     r"targets have shape \(3, 8\), the answer is \[batch, pos\] = \(3, 9\)"),
     ({"final": torch.zeros(3, 9, 5)}, r"final must hold logits \[batch, pos, vocab\] = \(3, 9, 7\)"),
 ])
 def test_what_cannot_be_read_is_refused(options: dict[str, Any], message: str) -> None:

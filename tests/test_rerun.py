@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from probes.stages import Interval
-from studies import rerun, rerun_verdict, zoo
-from studies.rerun_operation import Operation
-from studies.results import read_results
+from hooks import HookedLoopMDM
+from probes.stages import Interval, NotDefined, Spread
+from studies import readme, rerun, rerun_verdict, zoo
+from studies.rerun_operation import Operation, Setting
+from studies.results import read_results, write_results
 from studies.training import train
+from tests.small import uniform_attention
 from tests.test_training import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +38,16 @@ def triplets(tmp_path_factory) -> Path:
 
 
 def ask(zoo_folder: Path, results: Path, **changes: object) -> int:
-    return rerun.main(rerun.Rerun(zoo=zoo_folder, results=results, examples=40, **changes))
+    return rerun.main(rerun.Rerun(zoo=zoo_folder, results=results, examples=40, untrained=3, **changes))
+
+
+def altered(triplets: Path, folder: Path, change: Callable[[str, HookedLoopMDM], HookedLoopMDM]) -> Path:
+    """A zoo of one triplet, each model exchanged for what ``change`` makes of it; the cards stay."""
+    for kind, entry in zoo.triplet("automaton", "", triplets).items():
+        path = folder / entry.name
+        change(kind, entry.model).save_pretrained(path)
+        (path / "card.json").write_text((entry.path / "card.json").read_text())
+    return folder
 
 
 def test_the_study_writes_a_verdict_measurements_and_a_report(triplets, tmp_path, capsys):
@@ -41,14 +56,14 @@ def test_the_study_writes_a_verdict_measurements_and_a_report(triplets, tmp_path
     results = read_results(tmp_path / "rerun-automaton")
     assert results.verdict["operation"]["words"] in printed
     rows = {row["key"]: row for row in results.verdict["table"]}
-    assert {"ratio", "within", "between", "variance_layer", "frozen", "twin", "probe_slope"} <= set(rows)
+    assert {"ratio", "within", "between", "variance_layer", "frozen", "lost", "twin", "probe_slope"} <= set(rows)
     for row in rows.values():
         for subject in ("loop", "control", "untrained"):
             if subject in row:
                 assert row[subject]["low"] <= row[subject]["value"] + 1e-9
                 assert row[subject]["value"] <= row[subject]["high"] + 1e-9
     assert set(results.verdict["seeds"]) == {"first", "s1"}
-    assert "Over 2 training seeds" in printed
+    assert "Over 2 training runs" in printed
     for dataset in results.datasets.values():
         for array in dataset.data_vars.values():
             assert {"long_name", "units", "definition", "source"} <= set(array.attrs)
@@ -87,43 +102,153 @@ def test_a_missing_triplet_is_named_with_its_remedy(tmp_path, capsys):
 def test_help_explains_itself():
     done = subprocess.run([sys.executable, "studies/rerun.py", "--help"], capture_output=True, text=True, check=True,
                           cwd=ROOT)
-    for word in ("--task", "--examples", "negative control", "verdict"):
+    for word in ("--task", "--examples", "--untrained", "smallest effect", "verdict"):
         assert word in done.stdout
+
+
+def test_the_untrained_column_is_the_spread_of_initialisations(triplets, tmp_path):
+    from probes import stages
+
+    ask(triplets, tmp_path, variants=("",), seed=5)
+    verdict = read_results(tmp_path / "rerun-automaton").verdict
+    (row,) = [row for row in verdict["table"] if row["key"] == "ratio"]
+    entry = zoo.load(triplets / "automaton-loop")
+    batch = entry.task.sample(40, seed=5, split="test")
+    noised = batch.tokens.masked_fill(batch.free, entry.task.mask_token_id)
+    ratios = []
+    for seed in (5, 6, 7):
+        model = HookedLoopMDM(entry.model.config)
+        model.reset_parameters(torch.Generator().manual_seed(seed))
+        distances = stages.head_distances(stages.pattern_gram(
+            model, noised, stages.loop_cycle(model.config, verdict["setting"]["n_loops"]), t=1.0))
+        ratios.append(stages.same_layer_distance(distances).mean() / stages.other_layer_distance(distances).mean())
+    assert row["untrained"]["each"] == pytest.approx(ratios)
+    assert row["untrained"] == {"value": pytest.approx(np.mean(ratios)), "low": min(row["untrained"]["each"]),
+                                "high": max(row["untrained"]["each"]), "each": row["untrained"]["each"]}
+    assert verdict["subjects"]["untrained"] == "3 untrained LoopMDMs"
+    assert len({*ratios}) == 3
+
+
+# ------------------------------------------------------------------------------------------ words and decisions
 
 
 def interval(value: float, width: float = 0.01) -> Interval:
     return Interval(value, value - width, value + width)
 
 
-def planted(ratio: float, control: float, slope: float, gain: float) -> tuple[Operation, Operation]:
+def planted(**changes: Interval | NotDefined) -> tuple[Operation, Operation]:
+    """Measurements that advance, with a trained ratio amid untrained ones, but for ``changes``."""
+    values = {"ratio": interval(0.5), "control": interval(1.0), "untrained": Spread.of([0.4, 0.6, 0.7]),
+              "slope": interval(0.8), "gain": interval(0.3), **changes}
     operation, content = Operation(), Operation()
-    operation.add("ratio", "ratio", "", "LoopMDM below 1 and below the control", loop=interval(ratio),
-                  control=interval(control), untrained=interval(0.7))
-    for key in ("unfrozen", "frozen"):
-        operation.add(key, key, "", "–", loop=interval(0.9), control=interval(0.9))
-    content.add("probe_slope", "slope", "", "above 0", loop=interval(slope))
-    content.add("accuracy_gain", "gain", "", "above 0", loop=interval(gain))
+    operation.add("ratio", "ratio", "", loop=values["ratio"], control=values["control"], untrained=values["untrained"])
+    operation.add("lost", "accuracy lost by freezing", "", loop=interval(0.1), control=interval(0.2))
+    content.add("probe_slope", "slope", "", loop=values["slope"])
+    content.add("accuracy_gain", "gain", "", loop=values["gain"])
     return operation, content
 
 
-@pytest.mark.parametrize(("ratio", "control", "slope", "gain", "repeats", "advances"), [
-    (0.5, 0.98, 0.8, 0.3, True, True),
-    (0.5, 0.98, 0.0, 0.3, True, False),
-    (0.97, 0.98, 0.8, 0.3, False, True),   # intervals overlap: nothing is claimed
-    (0.5, 0.4, 0.8, 0.3, False, True),     # the control repeats more
-    (1.0, 1.2, 0.0, 0.0, False, False),
-])
-def test_the_verdict_follows_from_the_intervals(triplets, ratio, control, slope, gain, repeats, advances):
-    from hooks import HookedLoopMDM
-    from studies.rerun_operation import Setting
+@pytest.fixture(scope="module")
+def setting(triplets) -> Setting:
+    return Setting.draw(zoo.triplet("automaton", "", triplets), n_examples=4, t=1.0, seed=0, n_untrained=3)
 
-    models = zoo.triplet("automaton", "", triplets)
-    setting = Setting.draw(models, HookedLoopMDM(models["loop"].model.config), n_examples=4, t=1.0, seed=0)
-    verdict = rerun_verdict.judge(setting, *planted(ratio, control, slope, gain))
-    assert (verdict["operation"]["repeats"], verdict["content"]["advances"]) == (repeats, advances)
-    assert ("The operation repeats" in verdict["verdict"]) == repeats
-    assert ("The content advances" in verdict["verdict"]) == advances
-    json.dumps(verdict)
+
+ROUNDING = Interval(4e-16, 4e-16, 4e-16)
+
+
+@pytest.mark.parametrize(("slope", "gain", "decision"), [
+    (interval(0.8), interval(0.3), "advances"),
+    (ROUNDING, interval(0.3), "does not advance"),            # above 0, and nothing
+    (interval(0.8), ROUNDING, "does not advance"),
+    (Interval(0.0199, 0.0198, 0.0199), interval(0.3), "does not advance"),   # 1% of two free rows is 0.02
+    (Interval(0.021, 0.02, 0.022), interval(0.3), "advances"),
+    (interval(0.8), Interval(0.009, 0.008, 0.0099), "does not advance"),
+    (interval(0.8), interval(0.01), "undecided"),             # the smallest effect lies within the interval
+    (interval(0.02), interval(0.3), "undecided"),
+    (interval(-0.8), interval(0.3), "does not advance"),
+    (NotDefined("of a reason"), interval(0.3), "undecided"),
+])
+def test_the_content_is_decided_by_whole_intervals_and_a_smallest_effect(setting, slope, gain, decision):
+    verdict = rerun_verdict.judge(setting, *planted(slope=slope, gain=gain))
+    assert verdict["content"]["decision"] == decision
+    assert ("The content advances" in verdict["verdict"]) == (decision == "advances")
+    assert ("The content does not advance" in verdict["verdict"]) == (decision == "does not advance")
+    assert "at least 0.02 rows per loop (1% of 2) and 0.01 of accuracy" in verdict["content"]["words"]
+    json.dumps(verdict, allow_nan=False)
+
+
+@pytest.mark.parametrize(("ratio", "control", "untrained"), [
+    (0.1, 1.0, [0.7, 0.8]), (0.5, 1.0, [0.4, 0.6]), (0.9, 1.0, [0.4, 0.6]), (1.2, 1.0, [0.9, 1.1]), (0.1, 0.1, [1, 2])])
+def test_no_ratio_of_distances_decides_the_operation(setting, ratio, control, untrained):
+    verdict = rerun_verdict.judge(setting, *planted(ratio=interval(ratio), control=interval(control),
+                                                    untrained=Spread.of(untrained)))
+    assert verdict["operation"]["decision"] == "open"
+    assert "is left open" in verdict["verdict"]
+    assert "is left open" in verdict["conclusion"]
+    assert not re.search(r"operation repeats|re-runs|more alike than", verdict["verdict"] + verdict["conclusion"])
+
+
+@pytest.mark.parametrize(("ratio", "words"), [
+    (0.3, "lies below all of them"), (0.5, "within that spread (lower ones: 1 of 3)"), (0.8, "above all of them"),
+    (0.405, "within that spread (lower ones: 1 of 3)")])
+def test_the_trained_ratio_is_placed_in_the_spread_of_untrained_ones(setting, ratio, words):
+    told = rerun_verdict.judge(setting, *planted(ratio=interval(ratio)))["operation"]["words"]
+    assert words in told
+    assert "it is 0.400 to 0.700" in told
+    assert "3 of the 3 lie below 1 and below the deep twin's interval: shared weights alone" in told
+
+
+def test_the_words_on_the_old_rule_count_what_they_say(setting):
+    told = rerun_verdict.judge(setting, *planted(control=interval(0.65)))["operation"]["words"]
+    assert "2 of the 3 lie below" in told
+    told = rerun_verdict.judge(setting, *planted(untrained=Spread.of([1.1, 1.2])))["operation"]["words"]
+    assert "0 of the 2 lie below 1 and below the deep twin's interval." in told
+    assert "shared weights alone" not in told
+
+
+# ------------------------------------------------------------------------------------------ what has no value
+
+
+def one_looped_layer(kind: str, model: HookedLoopMDM) -> HookedLoopMDM:
+    """A triplet whose LoopMDM and twin have one mid layer."""
+    return model if kind == "deep" else HookedLoopMDM(replace(model.config, n_loop_layers=1))
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (one_looped_layer, "one layer is looped"),
+    (lambda _, model: uniform_attention(model), "attention patterns of different layers do not differ")])
+def test_one_looped_layer_and_uniform_attention_say_why_there_is_no_ratio(triplets, tmp_path, capsys, change, reason):
+    models = altered(triplets, tmp_path / "zoo", change)
+    assert ask(models, tmp_path, variants=("",)) == 0
+    printed = capsys.readouterr().out
+    verdict = read_results(tmp_path / "rerun-automaton").verdict
+    (row,) = [row for row in verdict["table"] if row["key"] == "ratio"]
+    assert reason in row["loop"]["undefined"]
+    html = (tmp_path / "rerun-automaton" / "report.html").read_text().partition("<h2>Accuracy over loops")[0]
+    block = readme.verdict_block(verdict)
+    for text in (printed, html, block, verdict["operation"]["words"]):
+        assert f"not defined because {row['loop']['undefined']}" in text
+        assert not re.search(r"\bnan\b", text, flags=re.IGNORECASE)
+    (same,) = [row for row in verdict["table"] if row["key"] == "within"]
+    assert np.isfinite(same["loop"]["value"]), "what is defined is told"
+
+
+def test_a_sparse_mask_leaves_no_gaps_in_the_numbers(triplets, tmp_path):
+    """At a low noise level some examples have no masked position, and so no signature."""
+    assert ask(triplets, tmp_path, variants=("",), t=0.05) == 0
+    results = read_results(tmp_path / "rerun-automaton")
+    rows = {row["key"]: row for row in results.verdict["table"]}
+    assert "value" in rows["variance_layer"]["loop"]
+    assert "value" in rows["twin"]["loop"]
+    assert np.isfinite(results.datasets["profile"].to_dataarray()).all(), "means over the examples that have one"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float64("nan")])
+def test_a_verdict_without_a_number_is_not_written(tmp_path, bad):
+    verdict = {"table": [{"loop": {"value": 1.0}}, {"loop": {"value": bad}}], "ends": (0.0, bad)}
+    with pytest.raises(ValueError, match=r"at table\[1\]\.loop\.value, ends\[1\]"):
+        write_results(tmp_path / "study", verdict=verdict, datasets={}, html="")
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_folders_appear_whole_or_not_at_all(triplets, tmp_path, monkeypatch):
@@ -151,3 +276,18 @@ def test_the_bundled_verdict_is_the_issue_of_the_bundled_models():
     assert float(accuracy.sel(n_loops=s_max)) >= 0.97
     assert float(accuracy.sel(n_loops=s_max) - accuracy.sel(n_loops=1)) >= 0.2
     assert np.isfinite(accuracy).all()
+
+
+def test_what_is_bundled_decides_nothing_on_the_operation():
+    """No bundled page says what no statistic here can show."""
+    from studies.results import RESULTS
+
+    verdict = read_results(RESULTS / "rerun-automaton").verdict
+    assert verdict["operation"]["decision"] == "open"
+    (row,) = [row for row in verdict["table"] if row["key"] == "ratio"]
+    assert len(row["untrained"]["each"]) >= 8
+    pages = [RESULTS / "rerun-automaton" / "verdict.json", RESULTS / "rerun-automaton" / "report.html",
+             ROOT / "README.md"]
+    for page in pages:
+        assert not re.search(r"operation repeats|more alike than shared weights|same operation to new content",
+                             page.read_text()), page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +77,19 @@ def test_predicates_see_names_without_loops() -> None:
     seen: list[str] = []
     assert len(SPACE.resolve(lambda name: not seen.append(name) and name.startswith("blocks.1"))) == 8
     assert seen == list(SPACE.names)
+
+
+def test_compiled_regular_expressions_are_searched_for_in_names_without_loops() -> None:
+    assert names(re.compile(r"blocks\.[12]\..*post$")) == names("blocks.[12].hook_resid_post")
+    assert names(re.compile("resid")) == names("**resid**")
+    assert names([re.compile("EMBED", re.IGNORECASE), "blocks.1.hook_resid_post@2"]) == [
+        "hook_embed", "blocks.1.hook_resid_post@2"]
+    with pytest.raises(SiteError, match=r"re\.compile\('resid_mid'\) is found in none of the sites of this run"):
+        names(re.compile("resid_mid"))
+    with pytest.raises(SiteError, match=r"\(names have no loops: choose those with a glob, 'name@3'\) is found"):
+        names(re.compile(r"blocks\.1\.hook_resid_post@2"))
+    with pytest.raises(SiteError, match=r"A site is a string such as"):
+        names([re.compile(b"resid")])
 
 
 def test_nested_cycles_have_two_indices() -> None:

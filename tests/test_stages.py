@@ -8,8 +8,8 @@ import torch
 from scipy.stats import f_oneway
 
 from probes import stages
-from probes.stages import Interval
-from tests.small import MASK, small_config, small_model, small_tokens
+from probes.stages import NotDefinedError, Spread
+from tests.small import MASK, small_config, small_model, small_tokens, uniform_attention
 
 
 def tokens_and_truth(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,14 +111,69 @@ def test_a_model_that_repeats_exactly_has_ratio_zero_and_shuffled_layers_ratio_o
         block.attn.out.weight.data.zero_()
         block.mlp.down.weight.data.zero_()
         block.mlp.down.bias.data.zero_()
-    within, between = stages.repeat_distances(stages.head_distances(
-        stages.pattern_gram(model, noised, stages.loop_cycle(model.config, n_loops=4))))
-    assert within.max() < 1e-3
-    assert between.min() > 0.01
+    distances = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, n_loops=4)))
+    assert stages.same_layer_distance(distances).max() == 0, "what is rounding alone counts as nothing"
+    assert stages.other_layer_distance(distances).min() > 0.01
     deep = small_model(n_loop_layers=8, max_loops=1)
-    within, between = stages.repeat_distances(stages.head_distances(
-        stages.pattern_gram(deep, noised, stages.pseudo_cycle(deep.config, 2))))
-    assert within.mean() / between.mean() == pytest.approx(1, abs=0.25)
+    distances = stages.head_distances(stages.pattern_gram(deep, noised, stages.pseudo_cycle(deep.config, 2)))
+    same, other = stages.same_layer_distance(distances), stages.other_layer_distance(distances)
+    assert stages.distance_ratio(same.mean(), other.mean()) == pytest.approx(1, abs=0.25)
+
+
+def test_a_low_ratio_of_distances_comes_with_shared_weights_untrained():
+    """Why the ratio is no test of repetition: nothing was learned here, and the unshared layers have 1."""
+    noised = small_tokens(8)
+    for seed in range(4):
+        model = small_model(seed)
+        distances = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, 4)))
+        same, other = stages.same_layer_distance(distances), stages.other_layer_distance(distances)
+        assert stages.distance_ratio(same.mean(), other.mean()) < 0.9
+
+
+def test_one_loop_one_layer_and_uniform_attention_are_said_to_have_no_ratio():
+    noised = small_tokens(6)
+    model = small_model()
+    one_loop = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, 1)))
+    with pytest.raises(NotDefinedError, match="one loop only"):
+        stages.same_layer_distance(one_loop)
+    one_layer = small_model(n_loop_layers=1)
+    distances = stages.head_distances(stages.pattern_gram(one_layer, noised, stages.loop_cycle(one_layer.config, 3)))
+    assert (stages.same_layer_distance(distances) > 0).all(), "defined all the same"
+    with pytest.raises(NotDefinedError, match="no other layer"):
+        stages.other_layer_distance(distances)
+    nearly = small_model(qk_norm=False)   # scores of about 1e-6, which softmax rounds
+    for block in nearly.blocks:
+        block.attn.qkv.weight.data[:2 * nearly.config.d_model] *= 1e-3
+    even = uniform_attention(small_model())
+    for model in (nearly, even):
+        distances = stages.head_distances(stages.pattern_gram(model, noised, stages.loop_cycle(model.config, 3)))
+        assert (distances.values == 0).all()
+    with pytest.raises(NotDefinedError, match="do not differ"):
+        stages.distance_ratio(stages.same_layer_distance(distances).mean(),
+                              stages.other_layer_distance(distances).mean())
+
+
+def test_variance_and_correlation_of_what_does_not_vary_have_no_value():
+    rng = np.random.default_rng(0)
+    varying = rng.normal(size=(4, 3, 5))
+    with pytest.raises(NotDefinedError, match="one layer only"):
+        stages.variance_partition(varying[:, :1])
+    with pytest.raises(NotDefinedError, match="one loop only"):
+        stages.variance_partition(varying[:1])
+    rounding = 3 + 1e-7 * varying
+    with pytest.raises(NotDefinedError, match="no feature"):
+        stages.variance_partition(rounding)
+    with pytest.raises(NotDefinedError, match="no feature"):
+        stages.variance_partition(np.full((4, 3, 5), np.nan))
+    with pytest.raises(NotDefinedError, match="no feature"):
+        stages.profile_correlation(varying[0], rounding[0])
+    mixed = np.concatenate([varying, rounding], axis=-1)
+    assert stages.variance_partition(mixed) == stages.variance_partition(varying), "rounding has no say"
+
+
+def test_a_feature_that_some_examples_lack_is_averaged_over_the_others():
+    values = np.array([[1.0, np.nan], [3.0, np.nan], [np.nan, np.nan]])
+    np.testing.assert_array_equal(stages.example_mean(values), [2, np.nan])
 
 
 def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
@@ -140,7 +195,28 @@ def test_bootstrap_covers_the_mean_like_the_normal_interval():
     assert interval == stages.bootstrap(np.mean, values, n_resamples=2000)
 
 
-def test_intervals_compare_as_wholes():
-    assert Interval(0.3, 0.2, 0.4).below(Interval(0.6, 0.5, 0.7))
-    assert not Interval(0.3, 0.2, 0.55).below(Interval(0.6, 0.5, 0.7))
-    assert not Interval(0.9, 0.8, 1.0).below(1)
+def test_an_interval_of_nothing_is_refused_with_its_reason():
+    with pytest.raises(NotDefinedError, match="not a finite number"):
+        stages.bootstrap(np.mean, np.array([1.0, np.nan, 2.0]))
+
+    def of_the_first(values: np.ndarray) -> float:
+        if 0 not in values:
+            raise NotDefinedError("the first example is missing")
+        return float(values.mean())
+
+    assert stages.bootstrap(of_the_first, np.arange(3)).high <= 2, "some resamples lack it, most do not"
+    with pytest.raises(NotDefinedError, match="the first example is missing"):
+        stages.bootstrap(of_the_first, np.arange(1, 3))
+
+    def of_all(values: np.ndarray) -> float:
+        if len(set(values)) < 6:
+            raise NotDefinedError("some example is missing")
+        return 1.0
+
+    with pytest.raises(NotDefinedError, match="in most resamples of the examples some example is missing"):
+        stages.bootstrap(of_all, np.arange(6))
+
+
+def test_a_spread_is_mean_least_and_greatest():
+    spread = Spread.of([0.5, 0.2, 0.8])
+    assert (spread.value, spread.low, spread.high, spread.each) == (0.5, 0.2, 0.8, (0.5, 0.2, 0.8))

@@ -35,6 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sudoku": {"size": 6},
     "arithmetic": {"modulus": 5, "steps": 2},
     "pointer": {"keys": 4, "hops": 3, "min_keys": 2, "min_hops": 1},
+    "stories": {"steps": 2, "distractors": 1, "names": 2},
     "text": {"length": 24},
 }
 """One instance per task, small enough that train and test would collide if they were not kept apart."""

@@ -8,22 +8,27 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import corrupt, nelbo
-from studies import zoo
+from hooks.model.layers import Block
+from studies import machine, zoo
 from studies.flops import forward_flops, mean_loops, training_flops
 from studies.presets import PRESETS
 from studies.tasks import Automaton, Batch
-from studies.training import TrainConfig, loop_weights, train
+from studies.training import TrainConfig, TrainResult, train
+from studies.training_draws import loop_weights
 from studies.training_step import Share, TrainingStep, bound
 from tests.small import VARIANTS, small_model
 
@@ -69,40 +74,67 @@ def test_stopping_by_time_budget_and_resuming_changes_nothing(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [row["step"] for row in part.metrics]
 
 
-_KILLABLE = """
+def killable_config(out: Path) -> TrainConfig:
+    return tiny(out, eval_every=2, precision="bf16", micro_batches=2)
+
+
+def killable(out: Path, *, kill_at: int | None = None) -> tuple[TrainResult, int]:
+    """A run, and how many lines of studies/training.py it executed; at line ``kill_at`` the process gets a SIGKILL."""
+    lines = 0
+
+    def traced(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith("studies/training.py"):
+            return None
+        lines += event == "line"
+        if lines == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return traced
+
+    before = sys.gettrace()
+    sys.settrace(traced)
+    try:
+        return train(killable_config(out), progress=False), lines
+    finally:
+        sys.settrace(before)
+
+
+_KILLED = """
 import sys
-from tests.test_training import tiny
-from studies.training import train
-train(tiny(__import__("pathlib").Path(sys.argv[1]), eval_every=2, precision="bf16", micro_batches=2), progress=False)
-print("done")
+from pathlib import Path
+from tests.test_training import killable
+killable(Path(sys.argv[1]), kill_at=int(sys.argv[2]))
+"""
+
+_KILLED_WHILE_SAVING = """
+import os, signal, sys, torch
+from pathlib import Path
+from tests.test_training import killable
+
+def half(state, path, save=torch.save):
+    save(state, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = half
+killable(Path(sys.argv[1]))
 """
 
 
 @pytest.mark.slow
-def test_sigkill_at_a_random_moment_and_resume_gives_the_uninterrupted_weights(tmp_path):
-    whole = train(tiny(tmp_path / "whole", eval_every=2, precision="bf16", micro_batches=2), progress=False)
-    out, rng, kills = tmp_path / "killed", random.Random(0), 0
+def test_sigkill_at_random_moments_and_resume_gives_the_uninterrupted_weights(tmp_path):
+    whole, lines = killable(tmp_path / "whole")
+    out, rng = tmp_path / "killed", random.Random(0)
+    moments = [rng.randrange(lines // 5, lines // 3) for _ in range(2)]   # in all, less than a whole run
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    while kills < 3:
-        process = subprocess.Popen([sys.executable, "-c", _KILLABLE, str(out)], env=environment, cwd=ROOT,
-                                   stdout=subprocess.DEVNULL)
-        before = _checkpoint_time(out)
-        while _checkpoint_time(out) == before and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills >= 1, "the run finished before it could be killed"
-    resumed = train(tiny(out, eval_every=2, precision="bf16", micro_batches=2), progress=False)
+    for code, arguments in [*((_KILLED, [str(moment)]) for moment in moments), (_KILLED_WHILE_SAVING, [])]:
+        done = subprocess.run([sys.executable, "-c", code, str(out), *arguments], cwd=ROOT, capture_output=True,
+                              text=True, env=environment, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert 0 < len((out / "metrics.jsonl").read_text().splitlines()) < len(whole.metrics)
+    resumed = train(killable_config(out), progress=False)
     assert same(weights(whole.model), weights(resumed.model))
-
-
-def _checkpoint_time(out: Path) -> int | None:
-    path = out / "checkpoint.pt"
-    return path.stat().st_mtime_ns if path.exists() else None
+    assert [row["step"] for row in resumed.metrics] == [row["step"] for row in whole.metrics]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -191,18 +223,31 @@ def test_bfloat16_is_near_float32_and_not_the_same():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_blocks_give_the_same_gradients():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
+    machine.missing_for_compile("cpu") is not None, reason=f"{machine.missing_for_compile('cpu')}: torch's own backend "
+    "needs it; aot_eager, which is the same up to code generation, runs everywhere"))])
+def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
+    compiled_by, backends = nn.Module.compile, []
+
+    def with_backend(module, **options):
+        backends.append(backend)
+        compiled_by(module, **options, backend=backend)
+
+    monkeypatch.setattr(Block, "compile", with_backend)
+    monkeypatch.setattr("studies.training_step.missing_for_compile", lambda device: None)
     batch, noised, t = batch_of(Automaton(rule=90, width=5, rows=2))
     plain, compiled = small_model(vocab_size=3, mask_token_id=2), small_model(vocab_size=3, mask_token_id=2)
     assert TrainingStep(compiled, compile=True).backward(batch, noised, t, 3) == pytest.approx(
         TrainingStep(plain).backward(batch, noised, t, 3), rel=1e-5)
     for name, gradient in gradients(compiled).items():
         torch.testing.assert_close(gradient, gradients(plain)[name], atol=1e-5, rtol=1e-3)
+    assert backends == [backend] * len(compiled.blocks)
+    assert all(block._compiled_call_impl is not None for block in compiled.blocks)
 
 
 def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match=r"there is no no-such-compiler: install one, or train with compile off"):
+    with pytest.raises(RuntimeError, match=r"there is no C\+\+ compiler no-such-compiler on the PATH: install it"):
         TrainingStep(small_model(), compile=True)
 
 
@@ -217,8 +262,13 @@ def test_loops_drawn_by_equal_flops_spend_the_same_on_every_number_of_loops():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"micro_batches": 3}, "batch_size 4 is not a multiple of micro_batches 3"),
     ({"precision": "fp8"}, "precision must be one of fp32, bf16, not 'fp8'"),
-    ({"schedule": "steps"}, "schedule must be one of cosine, linear, constant"),
-    ({"loops_drawn": "few"}, "loops_drawn must be one of uniform, equal_flops")])
+    ({"schedule": "steps"}, "schedule must be one of cosine, linear, constant, wsd"),
+    ({"decay_share": 0.0}, "decay_share must be above 0 and at most 1"),
+    ({"lr_of_kind": {"triplet": 1e-3}}, r"lr_of_kind names \['triplet'\]; kinds are loop, twin, deep"),
+    ({"kind": "wide"}, "kind must be one of loop, twin, deep"),
+    ({"masks": "all"}, "masks must be one of bernoulli, exact"),
+    ({"noise_levels": "flat"}, "noise_levels must be one of uniform, bell"),
+    ({"loops_drawn": "few"}, "loops_drawn must be one of uniform, growth, equal_flops")])
 def test_a_recipe_that_makes_no_sense_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, **changes)
@@ -240,7 +290,7 @@ def test_accelerate_launch_trains_as_one_process_does(tmp_path):
     script.write_text(_PROCESSES)
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    subprocess.run([*launch, str(script), str(tmp_path / "two")], cwd=ROOT, check=True, timeout=240,
+    subprocess.run([*launch, str(script), str(tmp_path / "two")], cwd=ROOT, check=True,
                    env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     two = train(tiny(tmp_path / "two"), progress=False)   # finished: this reads its checkpoint
     assert two.step == one.step

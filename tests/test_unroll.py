@@ -250,5 +250,17 @@ def test_wrong_arguments_are_named():
     injecting = small_model(input_injection="add").unroll(3)
     with torch.no_grad():
         residual = injecting(small_tokens(), stop_at_layer=3)
-        with pytest.raises(ValueError, match=r"start_at_layer=3 cannot be used here"):
+        with pytest.raises(ValueError, match=r"start_at_layer=3 cannot be used here: .* adds the token embedding"):
             injecting(residual, start_at_layer=3)
+
+
+def test_starting_where_the_heads_output_is_not_known_is_refused():
+    model = small_model(input_injection="head", n_head_layers=2)
+    bridge, tokens = model.unroll(3), small_tokens()
+    with torch.no_grad():
+        whole = bridge(tokens)
+        for layer in (1, 6):   # in the head, and at the last loop, whose injection is behind it
+            torch.testing.assert_close(bridge(bridge(tokens, stop_at_layer=layer), start_at_layer=layer), whole)
+        for layer in (2, 4, 5):
+            with pytest.raises(ValueError, match=rf"start_at_layer={layer} cannot be used .* adds the head's output"):
+                bridge(bridge(tokens, stop_at_layer=layer), start_at_layer=layer)

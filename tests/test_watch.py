@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hooks.edits import ablate, patch, skip_loop
+from hooks.edits import ablate, freeze, patch, skip_loop
 from hooks.foreign.discovery import describe
 from hooks.foreign.schedules import Schedule
 from hooks.foreign.watching import watch
@@ -225,6 +227,68 @@ def test_without_gradients_the_message_says_why(model, x):
           watch(model, "core.0.hook_out", schedule=SCHEDULE, gradients=True)):
         model(x)
     assert not n_hooks(model)
+
+
+class Nested(nn.Module):
+    """(L L L H) × 2 on a state, in the manner of HRM."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.L, self.H = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        for _ in range(2):
+            for _ in range(3):
+                x = torch.tanh(self.L(x))
+            x = self.H(x)
+        return x
+
+
+NESTED = {"L": {"h": 2, "l": 3}, "H": {"h": 2}}
+
+
+@pytest.mark.parametrize("start", [(0, 1), (1, 0), (0, 0), (-1, -2), (1, 2)])
+def test_freezing_in_nested_cycles_follows_the_order_of_firing(x, start):
+    model = Nested()
+    with watch(model, "*.hook_out", schedule=NESTED) as plain:
+        model(x)
+    with watch(model, "*.hook_out", schedule=NESTED, fwd_hooks=[freeze(start, "L.hook_out")]) as rec:
+        model(x)
+    h, layer = (i % n for i, n in zip(start, (2, 3), strict=True))
+    for site in (f"L.hook_out@h{i}.l{j}" for i in range(2) for j in range(3)):
+        later = site > f"L.hook_out@h{h}.l{layer}"
+        assert torch.equal(rec[site], plain[f"L.hook_out@h{h}.l{layer}" if later else site]), site
+    assert torch.equal(rec["H.hook_out@h0"], rec["H.hook_out@h1"]) == (h == 0)
+
+
+def test_freezing_needs_an_index_for_each_cycle(x):
+    model = Nested()
+    few = r"L\.hook_out is looped over 2 cycles, and from_loop=\(1,\) names 1: give one .*\(h, l\)\."
+    for start, message in (((1,), few), (1, "looped over 2 cycles"), ((2, 0), "cannot fire"), ((0, -4), "cannot fire")):
+        with pytest.raises(SiteError, match=message), watch(model, (), schedule=NESTED,
+                                                             fwd_hooks=[freeze(start, "L.hook_out")]):
+            model(x)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(lambda v: v[:1], ValueError), (lambda v: v.mean(), ValueError),
+                                            (lambda v: v.double(), ValueError), (lambda v: 0.0, TypeError)])
+def test_hooks_that_return_what_cannot_stand_there_are_refused(model, x, make, kind):
+    with (pytest.raises(kind, match=r"the hook at core\.0\.hook_out@1 returned"),
+          watch(model, (), schedule=SCHEDULE, fwd_hooks=[("core.0.hook_out@1", lambda v, hook: make(v))])):
+        model(x)
+    with (pytest.raises(kind, match=r"the hook at core\.0\.hook_out@1 \(gradient\) returned"),
+          watch(model, (), schedule=SCHEDULE, bwd_hooks=[("core.0.hook_out@1", lambda v, hook: make(v))])):
+        model(x).sum().backward()
+
+
+def test_regular_expressions_choose_sites(model, x):
+    with watch(model, re.compile(r"^core\.\d\.hook_out$"), schedule=SCHEDULE) as rec:
+        model(x)
+    with watch(model, [re.compile("^prelude.*out"), "core.0.hook_in@1"], schedule=SCHEDULE) as both:
+        model(x)
+    assert list(rec) == [f"core.{i}.hook_out@{k}" for k in range(4) for i in range(2)]
+    assert set(both) == {"prelude.hook_out", "core.0.hook_in@1"}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

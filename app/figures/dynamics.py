@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Bool, Int
 from plotly.subplots import make_subplots
 
-from app.figures.grids import Look, key
+from app.figures.grids import Look
 from app.figures.style import (
     AMOUNT,
     CATEGORIES,
@@ -21,6 +21,7 @@ from app.figures.style import (
     ORANGE,
     VERMILLION,
     colourbar,
+    key,
     ramp,
     region_ticks,
     styled,
@@ -107,7 +108,7 @@ def distance_grid(distance: xr.DataArray, regions: Int[np.ndarray, "pos"], regio
         z=z, x=distance.loop.values, zmin=low, zmax=high, colorscale=AMOUNT, xgap=1,
         customdata=np.repeat(np.asarray(names, dtype=object)[:, None], z.shape[1], 1), text=values,
         hovertemplate="%{customdata}<br>loop %{x}<br>distance %{text:.2e}<extra></extra>",
-        colorbar=colourbar("distance to the fixed point [1]", tickvals=ticks,
+        colorbar=colourbar("relative distance [1]", tickvals=ticks,
                            ticktext=[f"{10.0 ** k:g}" for k in ticks])))
     styled(figure, height=460, legend=False)
     starts, labels = region_ticks(regions, pixels=390)

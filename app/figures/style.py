@@ -19,6 +19,8 @@ from plotly.colors import sample_colorscale
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
 CATEGORIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, "#5D6D7E", "#000000")
 INK, FAINT, RULE = "#1F2933", "#52606D", "#D9DEE5"
+UNASKED = "#D0D0D0"
+"""Positions that the model was not asked about: no colour of any scale."""
 
 AMOUNT = "Viridis"          # from little to much
 SHARE = "Blues"             # attention: nothing is white, so that the paper shows through
@@ -43,6 +45,30 @@ def colourbar(title: str, **options: object) -> dict[str, object]:
     """A slim colour bar with its title on its side."""
     return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "tickfont": {"size": 11}, "thickness": 12,
             "outlinewidth": 0, "len": 1.0, **options}
+
+
+def corner_marks(x: Sequence[int] | np.ndarray, y: Sequence[int] | np.ndarray, *, name: str, colour: str,
+                 share: tuple[float, float]) -> go.Scatter:
+    """Filled corners, top right, of the cells (x, y) of a grid whose rows go down: what a cell says stays readable.
+
+    ``share`` of a cell's width and height that a corner takes.
+    """
+    across, down = share
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    gap = np.full(len(x), np.nan)
+    right, top = x + 0.46, y - 0.46
+    outline_x = np.stack([right - across, right, right, right - across, gap], -1).ravel()
+    outline_y = np.stack([top, top, top + down, top, gap], -1).ravel()
+    return go.Scatter(x=outline_x, y=outline_y, mode="lines", fill="toself", fillcolor=colour, name=name,
+                      line={"color": "white", "width": 1.2}, hoverinfo="skip", showlegend=False)
+
+
+def key(name: str, symbol: str, colour: str) -> go.Scatter:
+    """A legend entry that draws nothing."""
+    filled = not symbol.endswith(("-open", "-thin"))
+    return go.Scatter(x=[None], y=[None], mode="markers", name=name, hoverinfo="skip",
+                      marker={"symbol": symbol, "size": 11, "color": colour,
+                              "line": {"width": 1 if filled else 2.5, "color": RULE if filled else colour}})
 
 
 def ramp(n: int, scale: str = "Viridis") -> list[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pandas as pd
@@ -35,5 +36,5 @@ def curves(tables: Mapping[str, pd.DataFrame], measure: str) -> go.Figure:
 
 def last_loops(table: pd.DataFrame, measure: str) -> str | None:
     """The column of ``measure`` at the most loops it was evaluated with, such as exact@8."""
-    columns = [column for column in table if str(column).startswith(f"{measure}@")]
+    columns = [column for column in table if re.fullmatch(rf"{measure}@\d+", str(column))]
     return max(columns, key=lambda column: int(column.partition("@")[2])) if columns else None

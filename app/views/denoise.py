@@ -89,8 +89,8 @@ def _step(scene: Scene, trace: list[dict[str, np.ndarray]], step: int) -> None:
     show.figure(token_grids(panels, look, columns=4, cell=22, width=960),
                 f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: {int(here['revealed'].sum())} "
                 "positions "
-                f"revealed with {int(here['loops_used'][0])} loops. Crosses are errors, rings mark what this step "
-                "reveals.",
+                f"revealed with {int(here['loops_used'][0])} loops. Cells with a red corner are errors, rings mark "
+                "what this step reveals.",
                 name="step", title=f"Step {step}", table=lambda: _table(scene, trace))
 
 

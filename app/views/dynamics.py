@@ -87,14 +87,14 @@ def _settling(scene: Scene, moves: xr.Dataset, noised: compute.Rows, layer: int 
     shown = layer if layer is not None else int(moves.layer.values[-1])
     distance = moves.distance_to_fixed_point.sel(layer=shown)
     with left:
-        factor = float(np.exp(np.nanmedian(moves.contraction.sel(layer=shown).values))) if scene.n_loops > 3 else None
-        words = "" if factor is None or np.isnan(factor) else f" In the median each loop multiplies it by {factor:.2f}."
         show.figure(distance_grid(distance, scene.task.regions().numpy(), scene.task.region_name,
                                   scene.task.position_names()),
                     f"Distance of layer {shown}'s state to where {compute.FIXED_POINT_LOOPS} loops take it, relative "
-                    "to its "
-                    f"size.{words} (At the end the largest remaining step is {last:.1e} of the state's size.)",
-                    name="distance", title="Distance to the fixed point", table=lambda: show.table_of(distance))
+                    f"to its size. There the largest remaining step is {last:.1e} of the state's size; "
+                    f"{1 / compute.FIXED_POINT_LOOPS:.1e} is what a state shows that grows by one vector again and "
+                    "again, and has no fixed point.",
+                    name="distance", title=f"Distance to the state after {compute.FIXED_POINT_LOOPS} loops",
+                    table=lambda: show.table_of(distance))
     with right:
         classes = compute.token_classes(scene.checkpoint, noised, scene.t).token_class.isel(batch=0)
         show.figure(class_grid(classes, Look.of(scene.task)),

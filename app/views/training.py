@@ -16,7 +16,8 @@ FRESH_S = 300
 
 def main() -> None:
     st.title("Training: who learns what for how many FLOPs?", anchor=False)
-    tables = data.training_tables()
+    tables, problems = data.training_tables()
+    show.problems(problems)
     if not tables:
         st.info(f"No curves: neither `{data.zoo_folder()}` nor `{data.runs_folder()}` holds any. Start a run with "
                 "`python studies/pretrain.py --preset automaton`; it appears here with its first evaluation.",
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def _drawn(group: str, measure: str) -> None:
-    tables = {name: table for name, table in data.training_tables().items() if group_of(name) == group}
+    tables = {name: table for name, table in data.training_tables()[0].items() if group_of(name) == group}
     going = [name for name, age in data.training_ages().items() if name in tables and age < FRESH_S]
     if going:
         st.caption(f":green[:material/play_arrow:] going: {', '.join(going)} (read at {time.strftime('%X')})")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,10 @@ from hooks.sites import LoopAxes
 
 COMPILED = ("the module is compiled (torch.compile), and compiled code does not call Python hooks reliably: watch and "
             "call the original module, which shares its weights with the compiled one (compiled._orig_mod).")
+
+
+HOOKING = threading.RLock()
+"""Held while hooks are placed: torch gives two hooks that are placed at once one number, and forgets one of them."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,13 @@ def describe(module: nn.Module, *args: Any, **kwargs: Any) -> Description:
     return found
 
 
-def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Description:
-    """`describe` without the printing."""
+def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *,
+             call: Callable[[], Any] | None = None) -> Description:
+    """`describe` without the printing. ``call`` runs the module in another way than ``module(*args, **kwargs)``."""
     run, removers = _DryRun(), []
 
-    def took(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if _DRY.run is run:
+    def took(path: str, _: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if _DRY.run is run:  # (torch leaves kwargs out in threads that it hands a hook which is being removed)
             if path not in run.shapes:
                 run.shapes[path] = [_shape({**dict(enumerate(args)), **kwargs}), ""]
             run.began(path)
@@ -93,11 +98,15 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
 
     found, _ = modules_of(module)
     try:
-        for path, part in found.items():
-            removers.append(part.register_forward_pre_hook(partial(took, path), with_kwargs=True))
-            removers.append(part.register_forward_hook(partial(gave, path), prepend=True, always_call=True))
+        with HOOKING:
+            for path, part in found.items():
+                removers.append(part.register_forward_pre_hook(partial(took, path), with_kwargs=True))
+                removers.append(part.register_forward_hook(partial(gave, path), prepend=True, always_call=True))
         with _leaving_no_trace(module, run):
-            module(*_copied(args), **_copied(dict(kwargs or {})))
+            if call is None:
+                module(*_copied(args), **_copied(dict(kwargs or {})))
+            else:
+                call()
     finally:
         for remover in removers:
             remover.remove()

@@ -13,8 +13,8 @@ the recording. Other threads may run the model meanwhile: once `detach` has begu
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import get_ident
@@ -24,17 +24,29 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from hooks.checkpointing import guard_recomputation, may_be_checkpointed
 from hooks.edits import Edit, attachments
 from hooks.foreign import payload
 from hooks.foreign.counting import Counter, times
-from hooks.foreign.discovery import COMPILED, discover, is_dry, random_state, random_state_kept, set_random_state
+from hooks.foreign.discovery import (
+    COMPILED,
+    HOOKING,
+    discover,
+    is_dry,
+    random_state,
+    random_state_kept,
+    set_random_state,
+)
 from hooks.foreign.layouts import Declared, Layouts, StateLayout, is_attention
 from hooks.foreign.places import Choice, Firing, Place, Places, places_of
-from hooks.hook_points import HookFunction
+from hooks.hook_points import HookFunction, replacing
 from hooks.recording import Recorder, Recording, axes_of
 from hooks.sites import Site, SiteError, SitePattern, SiteSpace
 
 Hooks = Sequence[tuple[SitePattern, HookFunction] | Edit]
+
+UNCHECKPOINTED = "Switch checkpointing off (model.gradient_checkpointing_disable())."
+
 
 class Watched(Recording):
     """The recording of a watch: holds the last forward that finished, and nothing before it or after a failed one."""
@@ -91,7 +103,6 @@ class Run:
         self.new_recorder, self.recorder, self.backward = recorder, recorder(), recorder()
         self.unkept: set[str] = set()  # names and sites whose gradients are not to be kept
         self.recording = Watched()
-        self.lock = threading.RLock()
         self.begin: Any = None
         self.removers: list[Any] = []
         self.active = self.closed = False
@@ -113,7 +124,7 @@ class Run:
 
     def attach(self, places: Places) -> None:
         """Resolve every pattern and place the torch hooks; SiteError for what cannot fire, and then none are left."""
-        with self.lock:
+        with HOOKING:
             if self.closed:
                 return
             already = len(self.removers)
@@ -130,7 +141,7 @@ class Run:
         self.places, self.layouts = places, Layouts(places.modules, self.declared)
         for pattern, fn in attachments(self.fwd_hooks, places.space):
             self._note(self._act(pattern, fn, quiet=False))
-        if self.sites is None or isinstance(self.sites, str) or callable(self.sites) or list(self.sites):
+        if self.sites is None or isinstance(self.sites, (str, re.Pattern)) or callable(self.sites) or list(self.sites):
             self.recorded = self._act(self.sites, self.recorder, from_end=True)
             if self.gradients:
                 self._act(self.sites, self._record_gradient, quiet=False, from_end=True)
@@ -145,8 +156,9 @@ class Run:
 
     def frame(self) -> None:
         """Mark where a forward begins, before every other hook of the root, and where it ends, after them."""
-        self._mark_begin()
-        self.removers.append(self.root.register_forward_hook(lambda *given: self._finish(), always_call=True))
+        with HOOKING:
+            self._mark_begin()
+            self.removers.append(self.root.register_forward_hook(lambda *given: self._finish(), always_call=True))
 
     def _mark_begin(self) -> None:
         # A function, not a bound method: copy.deepcopy of the module then keeps pointing here, and is noticed.
@@ -155,7 +167,7 @@ class Run:
 
     def detach(self) -> None:
         """Remove every hook. Whatever another thread is doing, none is attached from now on."""
-        with self.lock:
+        with HOOKING:
             self.closed = True
             for remover in (*self.removers, *([self.begin] if self.begin else [])):
                 remover.remove()
@@ -218,14 +230,14 @@ class Run:
 
     # ---- during
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         if is_compiling():
             raise RuntimeError(COMPILED)
-        if is_dry() or self.closed:
+        if is_dry() or self.closed or kwargs is None:  # None: torch, in a thread, while the hook comes or goes
             return None
         if module is not self.root:
             raise RuntimeError(_replica("the watched module"))
-        with self.lock:
+        with HOOKING:
             if self.active:
                 self._refuse_overlap()
             self.active, self.thread = True, get_ident()
@@ -262,7 +274,7 @@ class Run:
     def _discover(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         with random_state_kept(self.seed):
             schedule = discover(module, args, kwargs).schedule
-        with self.lock:
+        with HOOKING:
             self.attach(places_of(module, schedule))
             if not self.closed:
                 self.begin.remove()
@@ -301,9 +313,9 @@ class Run:
         return hook
 
     def _on_input(self, tap: Tap) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any = None) -> Any:
             index = self._next(tap, module)
-            if index is None or not tap.actions[index]:
+            if index is None or kwargs is None or not tap.actions[index]:
                 return None
             given = self._given(tap, module, args, kwargs)
             changed = self._applied(tap, index, given, module)
@@ -356,17 +368,13 @@ class Run:
         for fn in tap.actions[index]:
             result = fn(after, hook=firing)
             if result is not None:
-                if not isinstance(result, Tensor):
-                    raise TypeError(f"the hook at {firing.site} returned {_described(result)}: return a tensor to "
-                                    "replace the activation, or None to leave it.")
-                after = result
+                after = replacing(result, after, firing.site)
+                if may_be_checkpointed():
+                    guard_recomputation(firing.site, lambda: not self.closed, remedy=UNCHECKPOINTED)
         turned = tap.layout is not None or (conversion is not None and conversion.hook_conversion is not None)
         if after is before and (tap.quiet or not turned):
             return None  # (behind a view or a conversion, gradients flow only where its result goes on)
         if tap.layout is not None:
-            if after.shape != before.shape:
-                raise ValueError(f"the hook at {firing.site} returned shape {list(after.shape)} for "
-                                 f"{' × '.join(tap.axes or ())}, {list(before.shape)}: return that shape.")
             after = tap.layout.original(after)
         if conversion is not None and conversion.hook_conversion is not None:
             after = conversion.hook_conversion.revert(after)
@@ -543,7 +551,11 @@ def _on_backward(fn: HookFunction) -> Callable[..., None]:
     def call(activation: Tensor, *, hook: Firing) -> None:
         _refuse_without_gradient(activation, hook)
         # a Firing answers name, loop and site, which is what hook functions ask a HookPoint
-        activation.register_hook(lambda gradient: fn(gradient, hook=hook))  # type: ignore[arg-type]
+        def on_gradient(gradient: Tensor) -> Tensor | None:
+            returned = fn(gradient, hook=hook)  # type: ignore[arg-type]
+            return None if returned is None else replacing(returned, gradient, f"{hook.site} (gradient)")
+
+        activation.register_hook(on_gradient)
     return call
 
 

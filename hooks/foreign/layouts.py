@@ -84,14 +84,23 @@ class StateLayout:
 _STATE = StateLayout(BATCH_FIRST)
 
 
+def declared_layout(axes: Iterable[str]) -> StateLayout:
+    """The layout that a user names. ValueError for names that are no axes."""
+    names = tuple(axes)
+    if isinstance(axes, str) or len({*names}) != len(names) or not names:
+        raise ValueError(f"axes are different names, one for each axis, such as ('pos', 'batch', 'd_model'), not "
+                         f"{axes!r}.")
+    return StateLayout(names)
+
+
 class Layouts:
     """The layouts of the sites of one watched module. ValueError for a declaration that makes no sense."""
 
     def __init__(self, modules: Mapping[str, nn.Module], declared: Declared):
         self.modules = modules
         by_site = declared if isinstance(declared, Mapping) else {}
-        self.everywhere = None if declared is None or isinstance(declared, Mapping) else _declared(declared)
-        self.declared = [(pattern, _declared(axes)) for pattern, axes in by_site.items()]
+        self.everywhere = None if declared is None or isinstance(declared, Mapping) else declared_layout(declared)
+        self.declared = [(pattern, declared_layout(axes)) for pattern, axes in by_site.items()]
         self.said = _said_by(modules)
         self.plain = declared is None and not self.said  # nothing says anything
         self.sizes: tuple[int, int] | None = None  # (batch, pos) of this forward's input
@@ -236,18 +245,11 @@ def _unknown(n: int, batch: bool = True) -> StateLayout:
     return StateLayout(tuple("batch" if batch and not i else f"axis_{i}" for i in range(n)), known=False)
 
 
-def _declared(axes: Iterable[str]) -> StateLayout:
-    names = tuple(axes)
-    if isinstance(axes, str) or len({*names}) != len(names) or not names:
-        raise ValueError(f"axes are different names, one for each axis, such as ('pos', 'batch', 'd_model'), not "
-                         f"{axes!r}.")
-    return StateLayout(names)
-
-
 def _is_memory(place: Place) -> bool:
     """Is this the state of an RNN between steps (h, or h and c), which it takes and returns beside its outputs?"""
     first = (place.element or "").partition(".")[0]
     return first == "1" or first == "hx"
 
 
-__all__ = ["BATCH_FIRST", "POSITIONS_FIRST", "Axes", "Declared", "Layouts", "StateLayout", "is_attention"]
+__all__ = ["BATCH_FIRST", "POSITIONS_FIRST", "Axes", "Declared", "Layouts", "StateLayout", "declared_layout",
+           "is_attention"]

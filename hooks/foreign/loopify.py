@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hooks.foreign import payload
+from hooks.foreign.replay import with_state
 from hooks.foreign.schedules import LOOPIFIED, Schedule
 
 
@@ -55,7 +56,7 @@ class Loops:
         self._removers = [layer.register_forward_pre_hook(self._keeper(i), with_kwargs=True)
                           for i, layer in enumerate(block)]
         self._removers.append(block[-1].register_forward_hook(self._run_again))
-        LOOPIFIED[model] = self.schedule
+        LOOPIFIED[model] = self
 
     @property
     def n_loops(self) -> int:
@@ -99,7 +100,7 @@ class Loops:
                     if where is None:
                         raise TypeError(f"{type(inner).__name__} of {self.path} returned {type(output).__name__} "
                                         "without a tensor in it, so that it cannot be looped.")
-                    args, kwargs = _with_hidden(args, kwargs, payload.get(output, where), inner)
+                    args, kwargs = with_state(args, kwargs, payload.get(output, where), inner)
                     output = inner(*(self._slots(a, loop) for a in args),
                                    **{name: self._slots(value, loop) for name, value in kwargs.items()})
         finally:
@@ -140,16 +141,6 @@ class CacheOfLoop:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         slot = layer_idx + self._offset
         return self._cache.get_seq_length(slot) if slot < len(self._cache.layers) else 0
-
-
-def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor,
-                 layer: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The layer's own arguments with its hidden state replaced."""
-    if (where := payload.find(args)) is not None:
-        return payload.put(args, where, hidden), kwargs
-    if (where := payload.find(kwargs)) is not None:
-        return args, payload.put(kwargs, where, hidden)
-    raise TypeError(f"{type(layer).__name__} was called without a tensor, so that it cannot be looped.")
 
 
 def _stack_of(model: nn.Module, stack: str | None) -> tuple[str, nn.ModuleList]:

@@ -120,9 +120,12 @@ class Layout:
             return self._choice(frozenset(self.main).__contains__, "the whole module")
         if callable(pattern):
             return self._choice(pattern, "the names that the predicate accepts")
+        if isinstance(pattern, re.Pattern):
+            return self._choice(pattern, repr(pattern))
         return self._merged([self.choose(part, from_end=from_end) for part in _listed(pattern, self.space)])
 
-    def _choice(self, pattern: str | Callable[[str], bool], shown: str, from_end: bool = False) -> Choice:
+    def _choice(self, pattern: str | re.Pattern[str] | Callable[[str], bool], shown: str,
+                from_end: bool = False) -> Choice:
         name, at = split(pattern) if isinstance(pattern, str) else ("*", None)
         counted_back = [found for found in self.space.matching(name) if self.space.is_open_ended(found)] if (
             from_end and at and "-" in at) else []
@@ -226,9 +229,9 @@ def _numbered(paths: tuple[str, ...], aliases: tuple[tuple[str, str], ...],
     return found
 
 
-def _listed(pattern: Iterable[str], space: SiteSpace) -> list[str]:
+def _listed(pattern: Iterable[str | re.Pattern[str]], space: SiteSpace) -> list[str | re.Pattern[str]]:
     listed = list(pattern)
-    if not listed or not all(isinstance(part, str) for part in listed):
+    if not listed or not all(isinstance(part, (str, re.Pattern)) for part in listed):
         space.resolve(listed)  # says what is wrong
         raise SiteError("sites are strings.")
     return listed

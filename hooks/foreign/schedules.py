@@ -18,12 +18,15 @@ import fnmatch
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from hooks.sites import LoopAxes
+
+if TYPE_CHECKING:
+    from hooks.foreign.loopify import Loops
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,23 @@ class Discovered:
         return dict(self.numberings)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Declared loops, and for modules that no entry covers what a dry run counted, where there was one."""
+
+    declared: Schedule
+    counted: Discovered | None = None
+
+    def axes(self, path: str) -> LoopAxes:
+        """A module that the dry run did not call may still run when it is hooked (attention patterns): once."""
+        return self.declared.axes(path) or (self.counted and self.counted.axes(path)) or ()
+
+    def numbering(self, path: str, called: Collection[str]) -> Numbering:
+        declared = self.declared.numbering(path, called)
+        counted = None if self.counted is None else self.counted.numbering(path, called)
+        return declared if declared.axes or counted is None else counted
+
+
 # ----------------------------------------------------------------- architectures
 
 
@@ -207,13 +227,13 @@ def schedule_of(module: nn.Module) -> Scheduled | None:
     Read from its config, so for Huginn it holds ``mean_recurrence`` steps: pass ``huginn(num_steps)`` for others.
     """
     if module in LOOPIFIED:
-        return LOOPIFIED[module]
+        return LOOPIFIED[module].schedule
     config = getattr(getattr(module, "original_model", module), "config", None)
     known = _KNOWN.get(getattr(config, "model_type", ""))
     return known(config) if known else None
 
 
-LOOPIFIED: WeakKeyDictionary[nn.Module, Scheduled] = WeakKeyDictionary()
+LOOPIFIED: WeakKeyDictionary[nn.Module, Loops] = WeakKeyDictionary()
 """Models that `hooks.foreign.loopify` loops at the moment."""
 
 _KNOWN = {

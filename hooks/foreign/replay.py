@@ -1,0 +1,241 @@
+"""Runs of a foreign model that begin at any layer: its own code, with the layers before answered from a record.
+
+Code of the model that stands between its layers (a norm after each loop, an adapter, injected input, masks) runs as
+the model wrote it. `record` runs the module once and keeps what each layer returned; `Trace.replay` runs it again, and
+each layer before ``start`` returns what it returned then, the last of them the given state, so that only the
+layers from ``start`` on are computed. The run ends as soon as layer ``stop`` has returned.
+
+    trace = record(call, layers, layout)                     # layers: the modules in the order in which they run
+    state = trace.replay(3, 5, state)                        # the layers at depth 3 and 4, on another state
+    answer = trace.replay(3, None, state)                    # from depth 3 to the end of the forward
+
+A state is what a layer returns, moved to [batch, pos, d_model]; before the first layer it is what that layer is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooks.foreign import payload
+from hooks.foreign.layouts import StateLayout
+
+
+def canonical(layout: StateLayout, value: Tensor, what: str = "a layer's state") -> Float[Tensor, "batch pos d_model"]:
+    """``value`` in the layout of the contract. ValueError if it has other axes than ``layout``."""
+    if value.ndim != len(layout.own):
+        raise ValueError(f"{what} has {value.ndim} axes, {list(value.shape)}, and was declared to be "
+                         f"{' × '.join(layout.own)}: pass axes= with the names in the order of the tensor.")
+    return layout.canonical(value)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One recorded forward, for some rows of its batch.
+
+    ``call(index)`` runs the module on the inputs of the examples that ``index`` names (None: all), from the same
+    random state each time. ``index`` says which example each row of this trace is.
+    """
+
+    call: Callable[[Tensor | None], Any]
+    layers: tuple[nn.Module, ...]
+    layout: StateLayout
+    entered: Float[Tensor, "batch pos d_model"]
+    outputs: tuple[Any, ...]
+    answer: Any
+    draws: bool = False                             # does a forward draw random numbers?
+    index: Int[Tensor, "row"] | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.entered)
+
+    def rows(self, index: Int[Tensor, "row"]) -> Trace:
+        """The same for some of its rows; a row may be taken several times."""
+        index = index.to(self.entered.device)
+        return replace(self, index=index if self.index is None else self.index[index])
+
+    def state(self, depth: int) -> Float[Tensor, "batch pos d_model"]:
+        """The recorded state after ``depth`` layers, of this trace's rows."""
+        if depth == 0:
+            state = self.entered
+        else:
+            output = self.outputs[depth - 1]
+            state = canonical(self.layout, payload.get(output, _where(output, self.layers[depth - 1])))
+        return state if self.index is None else state[self.index]
+
+    def replay(self, start: int, stop: int | None, state: Float[Tensor, "row pos d_model"]) -> Any:
+        """Run the layers from ``start`` on, on ``state``: the state before layer ``stop``, or the module's answer."""
+        rows = self.batch if self.index is None else len(self.index)
+        if len(state) != rows:
+            raise ValueError(f"the state has {len(state)} rows and the context {rows}: take context.rows(index) for "
+                             "some of the examples, or for several copies of them.")
+        if stop is not None and stop <= start:
+            return state
+        if not self.draws or self.index is None:
+            return self._replayed(self.index, start, stop, state)
+        return self._in_whole_batches(start, stop, state)
+
+    # ------------------------------------------------------------------ private
+
+    def _replayed(self, index: Tensor | None, start: int, stop: int | None, state: Tensor) -> Any:
+        native, count = self.layout.original(state), 0
+
+        def step(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal count
+            depth, count = count, count + 1
+            _check_order(self.layers, depth, layer)
+            if depth < start:
+                output = self._output(depth, index)
+                return payload.put(output, _where(output, layer), native) if depth == start - 1 else output
+            if depth == start == 0:
+                args, kwargs = with_state(args, kwargs, native, layer)
+            output = forward(*args, **kwargs)
+            if depth + 1 == stop:
+                raise _Reached(output)
+            return output
+
+        with patched(self.layers, step):
+            try:
+                answer = self.call(index)
+            except _Reached as reached:
+                layer = self.layers[(stop or 0) - 1]
+                return canonical(self.layout, payload.get(reached.output, _where(reached.output, layer)))
+        if stop is not None or count < len(self.layers):
+            raise RuntimeError(f"the model ran {count} of its {len(self.layers)} layers when it was run again: its "
+                               "number of loops depends on its state, and it cannot be run layer by layer.")
+        return answer
+
+    def _in_whole_batches(self, start: int, stop: int | None, state: Tensor) -> Any:
+        """For a model that draws random numbers: each example stands where it stood, so that it is given the same."""
+        assert self.index is not None
+        index, results = self.index.tolist(), {}
+        waiting = list(range(len(index)))
+        while waiting:
+            taken: dict[int, int] = {}
+            for row in waiting:
+                taken.setdefault(index[row], row)
+            batch = Trace.state(replace(self, index=None), start).clone()
+            for example, row in taken.items():
+                batch[example] = state[row]
+            whole = replace(self, index=None)._replayed(None, start, stop, batch)
+            for example, row in taken.items():
+                results[row] = whole, example
+            waiting = [row for row in waiting if row not in results]
+        first = results[0][0]
+        where = () if isinstance(first, Tensor) else payload.find(first)
+        axis = 0 if stop is not None else self.layout.own.index("batch")
+        picked = [payload.get(whole, where).select(axis, example) for whole, example in
+                  (results[row] for row in range(len(index)))]
+        stacked = torch.stack(picked, axis)
+        return stacked if isinstance(first, Tensor) else payload.put(first, where, stacked)
+
+    def _output(self, depth: int, index: Tensor | None) -> Any:
+        output = self.outputs[depth]
+        if index is None:
+            return output
+        where = _where(output, self.layers[depth])
+        axis = self.layout.own.index("batch")
+        return payload.put(output, where, payload.get(output, where).index_select(axis, index))
+
+
+def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
+           layout_of: Callable[[Tensor], StateLayout], draws: Callable[[], bool]) -> Trace:
+    """One forward of the module, ``call(None)``, with what each of ``layers`` returned.
+
+    ``draws`` says, after that forward, whether it drew random numbers.
+
+    ``layout_of`` tells the layout of a state from the first one. Raises RuntimeError if the module runs other layers
+    than these, in this order, or another number of times.
+    """
+    entered: list[Tensor] = []
+    outputs: list[Any] = []
+
+    def step(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        depth = len(outputs)
+        _check_order(layers, depth, layer)
+        if depth == 0:
+            given = kwargs if payload.find(args) is None else args
+            where = payload.find(given)
+            if where is None:
+                raise TypeError(f"{type(layer).__name__} was called without a tensor, so that no state enters it.")
+            entered.append(payload.get(given, where))
+        output = forward(*args, **kwargs)
+        _where(output, layer)
+        outputs.append(output)
+        return output
+
+    with patched(layers, step):
+        answer = call(None)
+    if len(outputs) != len(layers):
+        raise RuntimeError(f"the model ran {len(outputs)} layers and was declared to run {len(layers)}: the number of "
+                           "loops or the list of layers is another one. describe(module, inputs) prints how often "
+                           "each module runs.")
+    layout = layout_of(entered[0])
+    return Trace(call, tuple(layers), layout, canonical(layout, entered[0]), tuple(outputs), answer, draws())
+
+
+@contextmanager
+def patched(layers: Sequence[nn.Module], step: Callable[..., Any]) -> Iterator[None]:
+    """In the block a call of one of ``layers`` is ``step(layer, its own forward, args, kwargs)``."""
+    kept: list[tuple[nn.Module, bool, Any]] = []
+
+    def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: step(layer, forward, args, kwargs)
+
+    try:
+        for layer in dict.fromkeys(layers):
+            kept.append((layer, "forward" in layer.__dict__, layer.__dict__.get("forward")))
+            layer.__dict__["forward"] = stand_in(layer, layer.forward)
+        yield
+    finally:
+        for layer, own, forward in reversed(kept):
+            if own:
+                layer.__dict__["forward"] = forward
+            else:
+                del layer.__dict__["forward"]
+
+
+def with_state(args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor,
+               layer: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's own arguments with the state in them replaced. TypeError if they hold no tensor."""
+    if (where := payload.find(args)) is not None:
+        return payload.put(args, where, state), kwargs
+    if (where := payload.find(kwargs)) is not None:
+        return args, payload.put(kwargs, where, state)
+    raise TypeError(f"{type(layer).__name__} was called without a tensor, so that it cannot be run on another state.")
+
+
+# ---------------------------------------------------------------------- private
+
+
+class _Reached(BaseException):
+    """The layer at which a replay ends has returned (not an Exception, so that a model's ``except`` lets it pass)."""
+
+    def __init__(self, output: Any):
+        self.output = output
+
+
+def _where(output: Any, layer: nn.Module) -> payload.Where:
+    where = () if isinstance(output, Tensor) else payload.find(output)
+    if where is None:
+        raise TypeError(f"{type(layer).__name__} returned {type(output).__name__} without a tensor in it, so that it "
+                        "hands no state on: name the module around it or inside it as a layer.")
+    return where
+
+
+def _check_order(layers: Sequence[nn.Module], depth: int, layer: nn.Module) -> None:
+    if depth >= len(layers):
+        raise RuntimeError(f"the model runs its layers more often than the {len(layers)} times that were declared: "
+                           "the number of loops is another one.")
+    if layers[depth] is not layer:
+        at = [i for i, other in enumerate(layers) if other is layer]
+        raise RuntimeError(f"layer {depth} of the run was declared to be {type(layers[depth]).__name__} and the model "
+                           f"ran the {type(layer).__name__} that was declared for {at[:3]}: name the layers in the "
+                           "order in which they run.")
