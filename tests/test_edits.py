@@ -57,7 +57,7 @@ def _no_gradients() -> Any:
     lambda model, rec: ablate(POST, at=slice(0, 0)),
     lambda model, rec: ablate(POST, "resample", at=torch.zeros(3, 9, dtype=torch.bool)),
     lambda model, rec: ablate(POST, at=[]),
-    lambda model, rec: patch("*.hook_resid_post", {s: v + 1 for s, v in rec.items()}, at=torch.tensor([])),
+    lambda model, rec: patch("**.hook_resid_post", {s: v + 1 for s, v in rec.items()}, at=torch.tensor([])),
     lambda model, rec: steer(f"{POST}@2", torch.ones(16), at=()),
     lambda model, rec: freeze(0, at=np.array([], dtype=int)),
     lambda model, rec: skip_loop(2, at=[]),
