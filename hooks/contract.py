@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,6 +48,7 @@ class Unavailable(ValueError):
     """Something that this model cannot give; the message names it and says how to get it, if it can be had."""
 
 
+@runtime_checkable
 class Context(Protocol):
     """What layers need in one run besides the state: positions, masks, conditioning, injected input. Opaque."""
 

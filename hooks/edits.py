@@ -17,6 +17,7 @@ positions (a slice, indices, or booleans [pos] or [batch, pos]); in attention pa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -344,13 +345,14 @@ def _from_loop(name: str, wanted: tuple[int, ...], space: SiteSpace) -> tuple[li
         other, cycles = next(iter(looped.items()))
         raise SiteError(f"{other} is looped over {cycles} cycle{'s' * (cycles > 1)}, and from_loop={wanted} names "
                         f"{len(wanted)}: give one number for each, outermost first"
-                        + (f", ({', '.join(letter for letter, _ in space.names[other])})." if cycles > 1 else "."))
+                        + (f", ({', '.join(letter for letter, _ in space.axes(other))})." if cycles > 1 else "."))
     first: list[Site] = []
     later: list[Site] = []
     for n in fitting:
-        axes = space.names[n]
+        axes = space.axes(n)
         loop = tuple(i + count if i < 0 else i for i, (_, count) in zip(wanted, axes, strict=True))
-        if not all(0 <= i < count for i, (_, count) in zip(loop, axes, strict=True)):
+        from_an_unknown_end = min(wanted) < 0 and space.is_open_ended(n)
+        if from_an_unknown_end or not all(0 <= i < count for i, (_, count) in zip(loop, axes, strict=True)):
             space.resolve(f"{n}@{'.'.join(f'{letter}{i}' for i, (letter, _) in zip(wanted, axes, strict=True))}")
         firings = space.firings(n)  # in the order in which they fire
         if reading := [site for site in firings if site.loop == loop]:
@@ -364,7 +366,9 @@ def _from_loop(name: str, wanted: tuple[int, ...], space: SiteSpace) -> tuple[li
 
 def _again(pattern: SitePattern) -> SitePattern:
     """A pattern that can be resolved more than once."""
-    return pattern if pattern is None or isinstance(pattern, str) or callable(pattern) else list(pattern)
+    if pattern is None or isinstance(pattern, (str, re.Pattern)) or callable(pattern):
+        return pattern
+    return list(pattern)
 
 
 def _placed(new: Tensor, old: Tensor, hook: Any, at: At | None) -> Tensor:

@@ -17,13 +17,14 @@ import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hooks.checkpointing import guard_recomputation, may_be_checkpointed, recomputing
 
 
+@runtime_checkable
 class HookFunction(Protocol):
     """TransformerLens' signature: returns a replacement, or None to leave the value alone."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ Plan = tuple[Pass, ...]
 Replan = Callable[[Plan], Plan]
 
 
+@runtime_checkable
 class Loopable(Protocol):
     """What a plan asks of a model: one pass of its mid layers, and the clock that its hook points look at."""
 

@@ -21,9 +21,9 @@ and at last all are refined together.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +38,7 @@ class AlignConfig:
 
     least_spread: float = 0.05      # principal directions kept: spread along them, relative to the largest
     starts: int = 150               # random starts of the search
+    tries: int = 3                  # searches for the first pair of places, each with new random starts
     good: float = 0.02              # residual at which the search may end
     keep: float = 0.2               # share of the starts that goes on from one round to the next
     rounds: int = 3                 # rounds of the search
@@ -126,14 +127,16 @@ def _chained(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[T
              generator: torch.Generator) -> Aligned:
     """Maps of the places one after another: f_(k+1) is to do the work of f_k."""
     turns = list(frame.turns)
-    for k, j in itertools.pairwise(members):
+    for k, j in pairwise(members):
         known = turns[k] @ turns[j].T
         starts = _starts(run, replace(frame, turns=torch.stack(turns)), k, j, fit, known,
                          config.starts if k == members[0] else 0, generator)
         best, back, residual = _search(run, frame, k, j, starts, fit, config, generator)
-        if residual > config.good and k == members[0]:
+        for _ in range(config.tries - 1 if k == members[0] else 0):
+            if residual < config.good:
+                break
             more = _starts(run, frame, k, j, fit, best, config.starts, generator)
-            best, back, _ = _search(run, frame, k, j, more, fit, config, generator)
+            best, back, residual = _search(run, frame, k, j, more, fit, config, generator)
         turns[j] = best.T @ turns[k]                    # content of k turned by `best` is content of j
         if j == k + 1:
             turns[j + 1] = back @ turns[k + 1]          # what f_j made, at j + 1, turned by `back` is that of k + 1

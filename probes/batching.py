@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks.contract import Inputs, Levels, LoopedModel
 
 
 def select_examples(model: LoopedModel, inputs: Inputs, t: Levels,
-                    chosen: Sequence[int] | Int[Tensor, "row"] | None) -> tuple[Inputs, Levels]:
+                    chosen: Sequence[int] | Int[Tensor, "row"] | None,
+                    ) -> tuple[Inputs, Float[Tensor, "row"] | float | None]:
     """Some of the examples, and their noise levels; None chooses all."""
     if chosen is None:
         return inputs, t

@@ -8,11 +8,16 @@ of one group; the **content** is c_k = (h_k − μ_k) / s_k, and [c]_j = μ_j + 
 - *skip(k)*: it goes on from place k + 1 with [c_k]_(k+1): the clock moves on and the content does not;
 - *exchange(k, j)*: z = f_j([c_k]_j), recentred and rescaled, goes on from place k + 1 on its clock.
 
-With KL the divergence from the clean answer, averaged over scored positions, W_k = KL(skip(k)) is the **work** of
-place k and **τ(k, j) = 1 − KL(exchange(k, j)) / W_k**: 1 where j does all of k's work, 0 where it is as good as
-leaving it out, below 0 where it does something else. τ(k, k) = 1. It depends on the unrolled function only.
+With KL the divergence from the clean answer, recalibrated (`probes.calibration`) and averaged over scored positions,
+W_k = KL(skip(k)) is the **work** of place k and **τ(k, j) = 1 − KL(exchange(k, j)) / W_k**: 1 where j does all of k's
+work, 0 where it is as good as leaving it out, below 0 where it does something else. τ(k, k) = 1. It depends on the
+unrolled function only.
 
-Clocks are estimated on one half of the examples and used on the other, both ways.
+An answer that is unsure lies nearer to the clean one than an answer that is surely wrong, and neither did the work. So
+both are recalibrated on the other half of the examples: without that, an exchange that makes the model unsure has τ up
+to .8 on codecs whose loops have nothing in common.
+
+Clocks are estimated on other examples than those that they are used on (eight folds), calibrations on the other half.
 
     found = exchange(model, inputs, own_loops(model.topology(4)))
     tau(found)                                                # [content, operation]
@@ -23,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +37,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.contract import Context, Inputs, Levels, LoopedModel
+from probes.calibration import calibrated
 from probes.cycles import Cycle, Maps
 from probes.measurement import measurement
 
@@ -40,13 +46,13 @@ ClockKind = Literal["role", "position"]
 
 SOURCE = "ours: exchange of operations"
 
+FOLDS = 8
+"""Parts of the examples; the clock of each part is set by the others."""
+
 ROWS = 256
 """Examples that one forward of the continuations may hold."""
 
-KL_CAP = 1e4
-"""Divergence, in nats, of an answer that is not finite; no finite one counts as more."""
-
-
+@runtime_checkable
 class Frame(Protocol):
     """How the content of one place is written at another, for the examples ``rows`` of the batch."""
 
@@ -133,7 +139,7 @@ def exchange(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, maps: Maps = "
     n, n_places = run.n_examples, run.n_places
     where = checked_scored(model, inputs, run, scored)
     if frame is None:
-        frame = Clocks.of(run, group_of(checked_roles(roles, where, run), clock), halves_of(n))
+        frame = Clocks.of(run, group_of(checked_roles(roles, where, run), clock))
     order = torch.arange(n) if shuffle is None else _derangement(n, shuffle)
     kl = np.full((n_places, n_places, n), np.nan)
     changed = kl.copy()
@@ -178,22 +184,23 @@ def halves_of(n: int) -> Bool[Tensor, "example"]:
 # ------------------------------------------------------------------------------- clocks
 
 class Clocks:
-    """Mean and scale of every place per group of positions, estimated on the other half of the examples."""
+    """Mean and scale of every place per group of positions, estimated on the folds that an example is not in."""
 
-    def __init__(self, means: Float[Tensor, "half place group d_model"], scales: Float[Tensor, "half place group"],
-                 groups: Int[Tensor, "example pos"], halves: Bool[Tensor, "example"]):
-        self.means, self.scales, self.groups, self.halves = means, scales, groups, halves
+    def __init__(self, means: Float[Tensor, "fold place group d_model"], scales: Float[Tensor, "fold place group"],
+                 groups: Int[Tensor, "example pos"], folds: Int[Tensor, "example"]):
+        self.means, self.scales, self.groups, self.folds = means, scales, groups, folds
         self._met: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def of(cls, run: Trajectory, groups: Int[Tensor, "example pos"], halves: Bool[Tensor, "example"]) -> Clocks:
-        found = [_clock(state, groups, halves) for state in run.states]
+    def of(cls, run: Trajectory, groups: Int[Tensor, "example pos"]) -> Clocks:
+        folds = torch.arange(run.n_examples) % min(FOLDS, run.n_examples)
+        found = [_clock(state, groups, folds) for state in run.states]
         means, scales = (torch.stack(part, 1) for part in zip(*found, strict=True))
-        return cls(means, scales, groups, halves)
+        return cls(means, scales, groups, folds)
 
     def meet(self, k: int, operations: Sequence[int], z: Sequence[Float[Tensor, "example pos d_model"]]) -> None:
         """Take the clock of what operations made of the content of place k, from the whole batch."""
-        self._met = {(k, j): _clock(made, self.groups, self.halves) for j, made in zip(operations, z, strict=True)}
+        self._met = {(k, j): _clock(made, self.groups, self.folds) for j, made in zip(operations, z, strict=True)}
 
     def carry(self, state: Tensor, source: int, to: int, rows: Int[Tensor, "row"]) -> Tensor:
         return self._moved(state, (self.means[:, source], self.scales[:, source]), to, rows)
@@ -202,36 +209,41 @@ class Clocks:
         return self._moved(z, self._met[k, j], k + 1, rows)
 
     def _moved(self, state: Tensor, source: tuple[Tensor, Tensor], to: int, rows: Int[Tensor, "row"]) -> Tensor:
-        other = (~self.halves[rows]).long().to(state.device)[:, None]   # the half that sets these examples' clock
+        fold = self.folds[rows].to(state.device)[:, None]
         group = self.groups[rows].to(state.device)
-        mean, scale = source[0][other, group], source[1][other, group]
-        ratio = torch.where(scale > 0, self.scales[:, to][other, group] / scale.clamp_min(TINY), 0.0)
-        return self.means[:, to][other, group] + ratio[..., None] * (state - mean)
+        mean, scale = source[0][fold, group], source[1][fold, group]
+        ratio = torch.where(scale > 0, self.scales[:, to][fold, group] / scale.clamp_min(TINY), 0.0)
+        return self.means[:, to][fold, group] + ratio[..., None] * (state - mean)
 
 
 TINY = 1e-30
 
 
 def _clock(state: Float[Tensor, "example pos d_model"], groups: Int[Tensor, "example pos"],
-           halves: Bool[Tensor, "example"]) -> tuple[Float[Tensor, "half group d_model"], Float[Tensor, "half group"]]:
-    """Mean and scale of each group in each half; a group that a half lacks takes those of the whole batch."""
-    n_groups = int(groups.max()) + 1
-    flat, width = state.flatten(0, 1), state.shape[-1]
-    groups, halves = groups.to(state.device), halves.to(state.device)
-    label = groups.flatten()
-    half = halves.long()[:, None].expand_as(groups).flatten()
-    index = half * n_groups + label
-    number = flat.new_zeros(2 * n_groups).index_add_(0, index, torch.ones_like(flat[:, 0]))
-    total = flat.new_zeros(2 * n_groups, width).index_add_(0, index, flat)
-    number, total = number.view(2, n_groups), total.view(2, n_groups, width)
+           folds: Int[Tensor, "example"]) -> tuple[Float[Tensor, "fold group d_model"], Float[Tensor, "fold group"]]:
+    """Mean and scale of each group in all folds but one; a group that they lack takes those of the whole batch."""
+    n_groups, n_folds = int(groups.max()) + 1, int(folds.max()) + 1
+    flat = state.flatten(0, 1).double()
+    width = flat.shape[1]
+    around = flat.mean(0)                       # squares are taken around it, so that nothing is lost to rounding
+    flat = flat - around
+    index = (folds[:, None] * n_groups + groups).flatten().to(state.device)
+    number, total, squares = (
+        flat.new_zeros(n_folds * n_groups, part.shape[1]).index_add_(0, index, part).view(n_folds, n_groups, -1)
+        for part in (torch.ones_like(flat[:, :1]), flat, flat.square().mean(-1, keepdim=True)))
+    whole = [part.sum(0) for part in (number, total, squares)]
+    number, total, squares = (every - part for every, part in zip(whole, (number, total, squares), strict=True))
     lacking = number < 2
-    number = torch.where(lacking, number.sum(0), number)
-    total = torch.where(lacking[..., None], total.sum(0), total)
-    mean = total / number[..., None].clamp_min(1)
-    squares = (flat - mean.view(-1, width)[index]).square().mean(-1)
-    spread = flat.new_zeros(2 * n_groups).index_add_(0, index, squares).view(2, n_groups)
-    spread = torch.where(lacking, spread.sum(0), spread)
-    return mean, (spread / number.clamp_min(1)).sqrt()
+    number, total, squares = (torch.where(lacking, every, part)
+                              for every, part in zip(whole, (number, total, squares), strict=True))
+    mean = total / number.clamp_min(1)
+    variance = squares[..., 0] / number[..., 0].clamp_min(1) - mean.square().mean(-1)
+    scale = torch.where(variance > ROUNDING * mean.square().mean(-1), variance.clamp_min(0), 0.0).sqrt()
+    return (mean + around).view(n_folds, n_groups, width).to(state.dtype), scale.to(state.dtype)
+
+
+ROUNDING = 1e-12
+"""Variance relative to the squared mean below which a group is constant."""
 
 
 def group_of(roles: Int[Tensor, "batch pos"], clock: ClockKind) -> Int[Tensor, "batch pos"]:
@@ -279,21 +291,35 @@ def _walked(run: Trajectory, j: int, states: Float[Tensor, "example pos d_model"
 
 def _judge(run: Trajectory, k: int, versions: Sequence[Float[Tensor, "example pos d_model"]],
            scored: Bool[Tensor, "example answer"], rows: int) -> Float[np.ndarray, "2 version example"]:
-    """KL from the clean answer and share of changed answers, when each version of the state enters place k + 1."""
-    found = np.empty((2, len(versions), run.n_examples))
-    for some in torch.arange(run.n_examples).split(max(1, rows // (1 + len(versions)))):
+    """Divergence from the clean answer and share of changed answers, when each version enters place k + 1."""
+    n, parts = run.n_examples, 1 + len(versions)
+    pieces: list[list[Tensor]] = [[] for _ in range(parts)]
+    for some in torch.arange(n).split(max(1, rows // parts)):
         together = torch.cat([run.states[k + 1][some], *(version[some] for version in versions)])
-        logits = run.go_on(k + 1, together, some.repeat(1 + len(versions)))
-        clean, *others = logits.float().log_softmax(-1).chunk(1 + len(versions))
-        at = scored[some].to(clean.device)
-        on = at.float()
-        number = torch.where(at.any(1), on.sum(1), torch.nan)
-        for v, other in enumerate(others):
-            kl = (clean.exp() * (clean - other)).sum(-1).nan_to_num(KL_CAP, KL_CAP, KL_CAP).clamp(0, KL_CAP)
-            differs = (other.argmax(-1) != clean.argmax(-1)).float()
-            for m, value in enumerate((kl, differs)):
-                found[m, v, some.numpy()] = ((value * on).sum(1) / number).cpu().numpy()
+        logits = run.go_on(k + 1, together, some.repeat(parts))
+        for piece, answer in zip(pieces, logits.chunk(parts), strict=True):
+            piece.append(answer[scored[some].to(answer.device)].float())
+    clean, *others = (torch.cat(piece) for piece in pieces)
+    log_clean = clean.log_softmax(-1)
+    wanted = log_clean.exp()
+    example = torch.nonzero(scored)[:, 0]
+    half = halves_of(n)[example].to(clean.device)
+    entropy = -(wanted * log_clean).nan_to_num(0.0).sum(-1)
+    same_as_it_is = calibrated(clean, wanted, half) - entropy
+    found = np.empty((2, len(versions), n))
+    for v, other in enumerate(others):
+        divergence = calibrated(other, wanted, half) - entropy - same_as_it_is
+        differs = (other.argmax(-1) != clean.argmax(-1)).float()
+        for m, value in enumerate((divergence, differs)):
+            found[m, v] = _by_example(value.cpu(), example, n)
     return found
+
+
+def _by_example(value: Float[Tensor, "point"], example: Int[Tensor, "point"], n: int) -> Float[np.ndarray, "example"]:
+    """Means over the points of each example; NaN for an example without any."""
+    number = torch.zeros(n).index_add_(0, example, torch.ones_like(value))
+    total = torch.zeros(n).index_add_(0, example, value)
+    return torch.where(number > 0, total / number.clamp_min(1), torch.nan).numpy()
 
 
 def _groups(items: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -318,9 +344,10 @@ def _dataset(kl: np.ndarray, work: np.ndarray, changed: np.ndarray, changed_by_s
     kept = "mean over an example's scored positions"
     return xr.Dataset({
         "kl": measurement(kl, ("content", "operation", "example"), coords=coords, units="nat", source=SOURCE,
-                          long_name="divergence after an exchange", definition=f"KL(clean ‖ exchange(k, j)), {kept}"),
+                          long_name="divergence after an exchange",
+                          definition=f"KL(clean ‖ exchange(k, j)), recalibrated, {kept}"),
         "work": measurement(work, ("content", "example"), coords=by_place, units="nat", source=SOURCE,
-                            long_name="work", definition=f"KL(clean ‖ skip(k)), {kept}"),
+                            long_name="work", definition=f"KL(clean ‖ skip(k)), recalibrated, {kept}"),
         "changed": measurement(changed, ("content", "operation", "example"), coords=coords, units="1", source=SOURCE,
                                long_name="answers changed by an exchange",
                                definition="share of scored positions whose most probable answer is not the clean one"),

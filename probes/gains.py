@@ -7,8 +7,7 @@
   as it beats the line.
 
 A state that was cut short is out of the readout's distribution. Every NLL is therefore read with a readout
-recalibrated for its own kind and number of loops on the other half of the examples: logits' = a · logits +
-b · log prior, a ≥ 0, which is temperature scaling that can fall back on the answers' frequencies (after 1706.04599).
+recalibrated for its own kind and number of loops on the other half of the examples (`probes.calibration`).
 
     found = gains(model, inputs, own_loops(model.topology(4)), targets=clean)
     found.prefix.mean(("example", "pos"))                     # nats after 0 … 4 loops
@@ -22,11 +21,12 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from hooks.contract import Inputs, Levels, LoopedModel
+from probes.calibration import calibrated, log_prior
 from probes.cycles import Cycle
 from probes.exchange import (
-    KL_CAP,
     ROWS,
     ClockKind,
     Clocks,
@@ -56,7 +56,7 @@ def gains(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, targets: Int[Tens
     where = checked_scored(model, inputs, run, scored)
     check_targets(targets, where)
     halves = halves_of(run.n_examples)
-    clocks = Clocks.of(run, group_of(checked_roles(roles, where, run), clock), halves)
+    clocks = Clocks.of(run, group_of(checked_roles(roles, where, run), clock))
     reader = _Reader(run, targets, where, halves, rows)
     n_loops, h = run.n_places, run.states
     repeated = [h[0]]
@@ -119,89 +119,17 @@ class _Reader:
         if int(self.truth.max()) >= logits.shape[-1]:
             raise ValueError(f"targets go up to {int(self.truth.max())}, the readout has {logits.shape[-1]} classes.")
         right = (logits.argmax(-1) == self.truth).float()
-        return self._spread(calibrated_nll(logits, self.truth, self.half)), self._spread(right)
+        wanted = F.one_hot(self.truth, logits.shape[-1]).float()
+        return self._spread(calibrated(logits, wanted, self.half)), self._spread(right)
 
     def prior(self) -> Float[Tensor, "example pos"]:
-        n_classes = int(self.truth.max()) + 1
+        wanted = F.one_hot(self.truth).float()
         nll = torch.empty(len(self.truth))
         for judged in (False, True):
-            nll[self.half == judged] = -_log_prior(self.truth[self.half != judged], n_classes)[
-                self.truth[self.half == judged]]
+            nll[self.half == judged] = -log_prior(wanted[self.half != judged])[self.truth[self.half == judged]]
         return self._spread(nll)
 
     def _spread(self, values: Float[Tensor, "point"]) -> Float[Tensor, "example pos"]:
         full = torch.full(self.scored.shape, torch.nan)
         full[self.scored.cpu()] = values
         return full
-
-
-def calibrated_nll(logits: Float[Tensor, "point vocab"], targets: Int[Tensor, "point"], half: Bool[Tensor, "point"],
-                   ) -> Float[Tensor, "point"]:
-    """−log p(target) under logits' = a · logits + b · log prior, with a ≥ 0 and b fitted on the other half.
-
-    Logits are taken relative to the largest; those more than `RULED_OUT` below it (a mask that is never predicted)
-    count as that far below.
-    """
-    logits = logits.nan_to_num(0.0, KL_CAP, -KL_CAP)
-    logits = (logits - logits.amax(-1, keepdim=True)).clamp_min(-RULED_OUT)
-    possible = logits[logits > -RULED_OUT]
-    logits = logits / possible.square().mean().sqrt().clamp_min(1e-12)
-    nll = torch.empty(len(targets))
-    for judged in (False, True):
-        fit, rest = half != judged, half == judged
-        if not bool(rest.any()):
-            continue
-        chosen = torch.nonzero(fit if bool(fit.any()) else rest)[:FIT_POINTS, 0]
-        prior = _log_prior(targets[fit] if bool(fit.any()) else targets[rest], logits.shape[-1])
-        a, b = _scales(logits[chosen], prior, targets[chosen])
-        scaled = a * logits[rest] + b * prior
-        nll[rest] = -scaled.log_softmax(-1).gather(-1, targets[rest][:, None])[:, 0]
-    return nll
-
-
-RULED_OUT = 50.0
-"""How far below the largest logit, in nats, an answer is out of the question."""
-
-FIT_POINTS = 4096
-"""Scored positions that a calibration is fitted on, at most."""
-
-RIDGE = 1e-3
-"""Weight of the pull towards the answers' frequencies alone (a = 0, b = 1), per point."""
-
-
-def _log_prior(targets: Int[Tensor, "point"], n_classes: int) -> Float[Tensor, "vocab"]:
-    """log frequency of each class, half an observation added to each (Krichevsky & Trofimov 1981)."""
-    count = torch.bincount(targets, minlength=n_classes).float() + 0.5
-    return (count / count.sum()).log()
-
-
-def _scales(logits: Float[Tensor, "point vocab"], prior: Float[Tensor, "vocab"], targets: Int[Tensor, "point"],
-            ) -> tuple[float, float]:
-    """The a ≥ 0 and b of the smallest mean NLL: a convex problem in two numbers, by damped Newton steps."""
-    feature = torch.stack([logits, prior.expand_as(logits)])                     # [2, point, vocab]
-    true = feature.gather(-1, targets[None, :, None].expand(2, -1, 1))[..., 0].mean(1)
-    rest = torch.tensor([0.0, 1.0])
-
-    def value(at: Tensor) -> Tensor:
-        return (torch.einsum("f,fpv->pv", at, feature).logsumexp(-1).mean() - at @ true
-                + RIDGE * (at - rest).square().sum() / 2)
-
-    at = rest.clone()
-    now = value(at)
-    for _ in range(30):
-        p = torch.einsum("f,fpv->pv", at, feature).softmax(-1)
-        mean = torch.einsum("pv,fpv->fp", p, feature)
-        gradient = mean.mean(1) - true + RIDGE * (at - rest)
-        second = torch.einsum("pv,fpv,gpv->fg", p, feature, feature) / len(targets) - mean @ mean.T / len(targets)
-        step = torch.linalg.solve(second + RIDGE * torch.eye(2), gradient)
-        size = 1.0
-        while size > 1e-3:
-            proposed = at - size * step
-            proposed[0] = proposed[0].clamp_min(0.0)
-            if (reached := value(proposed)) < now - 1e-9:
-                break
-            size /= 2
-        else:
-            break
-        at, now = proposed, reached
-    return float(at[0]), float(at[1])

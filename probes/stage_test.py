@@ -41,7 +41,7 @@ from torch import Tensor
 from hooks.contract import Inputs, Levels, LoopedModel, Unavailable
 from probes.alignment import align
 from probes.cycles import Cycle, own_loops, pseudo_loops
-from probes.exchange import Trajectory, checked_roles, exchange, group_of, halves_of, tau
+from probes.exchange import Trajectory, checked_roles, exchange, group_of, tau
 from probes.gains import check_targets, gains
 from probes.stage_rule import Evidence, Exchanges, Finding, Layers, Regime, judge
 from probes.stage_text import report_text
@@ -57,6 +57,9 @@ BANDS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
 
 LAYER_LOOPS = 4
 """Loops of a range whose single layers are exchanged, at most; evenly spread."""
+
+JUDGED = 4
+"""One of so many examples judges the maps of a drifting basis; the others fit them."""
 
 LAYER_EXAMPLES = 32
 """Examples on which single layers are exchanged, at most."""
@@ -219,8 +222,8 @@ class _Measured:
         return cls(run, cycle, wanted, loops, layers, found)
 
     def align(self, cell: _Cell, loops: tuple[int, int], *, seed: int) -> None:
-        """Measure again in a fitted basis, on the half of the examples that did not fit it."""
-        judged = halves_of(self.run.n_examples)
+        """Measure again in a fitted basis, on the examples that did not fit it."""
+        judged = torch.arange(self.run.n_examples) % JUDGED == JUDGED - 1
         frame = align(self.run, fit=torch.nonzero(~judged)[:, 0], places=sorted({0, *range(*loops)}),
                       groups=group_of(checked_roles(cell.roles, cell.scored, self.run), "role"), seed=seed)
         found = exchange(self.run.model, None, self.cycle, trajectory=self.run, pairs=self.wanted, frame=frame,

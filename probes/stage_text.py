@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from probes.intervals import Interval
 from probes.stage_rule import Finding, Regime
@@ -24,6 +24,7 @@ HEADLINES: dict[Regime, str] = {
 """What each regime says; "in a drifting basis" is added where it was found there."""
 
 
+@runtime_checkable
 class Told(Protocol):
     """What of a twin's verdict is quoted."""
 

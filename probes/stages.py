@@ -288,7 +288,7 @@ def other_layer_distance(distances: xr.DataArray) -> Float[np.ndarray, "example"
     return distances.values[:, other].mean(1)
 
 
-def distance_ratio(same: float, other: float) -> float:
+def distance_ratio(same: float | np.floating[Any], other: float | np.floating[Any]) -> float:
     """Distance of the same layer over loops ÷ that of different layers. NotDefinedError if the latter is 0."""
     if other == 0:
         raise NotDefinedError("the attention patterns of different layers do not differ, and nothing can be divided "

@@ -103,6 +103,10 @@ def test_bell_levels_favour_the_middle_evenly():
     share = torch.histc(k, bins=5, min=0.5, max=5.5) / 4000
     assert share[2] > 1.5 * share[0]
     assert share[2] > 1.5 * share[4]
+
+
+@pytest.mark.unchecked
+def test_unknown_noise_levels_are_refused():
     with pytest.raises(ValueError, match="noise levels must be 'uniform' or 'bell', not 'flat'"):
         antithetic_t(4, levels="flat")
 
@@ -180,6 +184,7 @@ def test_adaptive_looping_reports_loops_used_at_each_step():
     assert any((step.loops_used < 30).any() for step in trace)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("bad", "message"), [({"n_steps": 0}, "n_steps must be at least 1"),
                                               ({"order": "left"}, "'ancestral' or 'confidence'"),
                                               ({"temperature": -1.0}, "temperature must be at least 0")])

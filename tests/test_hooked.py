@@ -392,7 +392,7 @@ def test_a_copy_has_no_hooks_and_no_edits() -> None:
 def test_a_recording_by_regular_expression() -> None:
     model, tokens = small_model(), small_tokens()
     _, rec = model.run_with_cache(tokens, 2, names_filter=re.compile(r"resid_(pre|post)$"))
-    _, same = model.run_with_cache(tokens, 2, names_filter=["*.hook_resid_pre", "*.hook_resid_post"])
+    _, same = model.run_with_cache(tokens, 2, names_filter=["**.hook_resid_pre", "**.hook_resid_post"])
     assert list(rec) == list(same)
     fired: list[str] = []
     model.run_with_hooks(tokens, 2, fwd_hooks=[(re.compile(r"^blocks\.2\.hook_mlp"), lambda x, hook: fired.append(

@@ -64,6 +64,7 @@ def test_undefined_labels_are_neither_trained_on_nor_scored() -> None:
     assert with_holes.attrs == without.attrs
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("changes", "message"), [
     ({"ridge": 0.0}, "ridge must be above 0"),
     ({"n_classes": 2}, r"labels hold 0..2; with n_classes=2 they are 0..1, and −1"),
@@ -185,6 +186,7 @@ def test_intervals_hold_the_estimate_and_the_seed_decides() -> None:
     np.testing.assert_allclose(width, binomial, rtol=0.6, atol=0.01)   # positions here are nearly independent
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("changes", "message"), [
     ({"labels": torch.zeros(240, 3, dtype=torch.long)}, r"labels must be \[batch, pos\]"),
     ({"groups": GROUPS[:4]}, r"groups \[pos\]"),

@@ -303,6 +303,7 @@ def test_training_reaches_every_parameter() -> None:
 # ------------------------------------------------------------------------- errors
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("changes", "message"), [
     ({"mask_token_id": 7}, r"mask_token_id 7 is outside the vocabulary 0..6; vocab_size counts the mask token too"),
     ({"n_heads": 3}, r"d_model 16 is not a multiple of n_heads 3"),
@@ -334,6 +335,7 @@ def test_unknown_and_missing_configuration_keys_are_named() -> None:
         LoopMDMConfig.from_dict(values)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("tokens", "message"), [
     (torch.full((1, 3), 7), r"tokens hold the ids 7..7, the vocabulary is 0..6: they were encoded for another model"),
     (torch.full((1, 3), -1), r"tokens hold the ids -1..-1"),
@@ -349,6 +351,7 @@ def test_bad_tokens_are_refused(tokens: Tensor, message: str) -> None:
         model.forward_adaptive(tokens, threshold=0.1)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("n_loops", [0, -1, 2.0, True])
 def test_fewer_than_one_loop_is_refused(n_loops: object) -> None:
     model = small_model()

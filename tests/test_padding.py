@@ -67,7 +67,7 @@ def test_in_single_precision_too(variant: str) -> None:
 def test_materialised_patterns_leave_padding_out(variant: str, side: str) -> None:
     model = small_model(**VARIANTS[variant]).double()
     tokens, mask, alone = padded(side)
-    names = ["*.attn.hook_pattern", "*.attn.hook_attn_scores", "*.hook_resid_post"]
+    names = ["**.attn.hook_pattern", "**.attn.hook_attn_scores", "**.hook_resid_post"]
     logits, rec = model.run_with_cache(tokens, 3, names_filter=names, attention_mask=mask)
     assert torch.allclose(logits, model(tokens, 3, attention_mask=mask), atol=1e-9)
     for i, one in enumerate(alone):
@@ -85,8 +85,8 @@ def test_materialised_patterns_leave_padding_out(variant: str, side: str) -> Non
 def test_edited_scores_attend_to_no_padding() -> None:
     model = small_model()
     tokens, mask, _ = padded()
-    with edit(model, [ablate("*.attn.hook_attn_scores")], n_loops=2):
-        _, rec = model.run_with_cache(tokens, 2, names_filter="*.attn.hook_pattern", attention_mask=mask)
+    with edit(model, [ablate("**.attn.hook_attn_scores")], n_loops=2):
+        _, rec = model.run_with_cache(tokens, 2, names_filter="**.attn.hook_pattern", attention_mask=mask)
     expected = (mask / mask.sum(1, keepdim=True))[:, None, None]
     for site in rec:
         torch.testing.assert_close(rec[site], expected.expand_as(rec[site]))

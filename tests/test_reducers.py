@@ -186,6 +186,7 @@ def test_reducers_that_do_not_fit_their_site_say_so(name: str, reducer: Any, mes
         model.run_with_cache(tokens, N, names_filter=name, reduce=reducer)
 
 
+@pytest.mark.unchecked
 def test_options_are_checked(model: HookedLoopMDM, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="where chooses positions"):
         Mean("head", where=tokens == MASK)

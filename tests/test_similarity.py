@@ -76,6 +76,7 @@ def test_between_depths_is_pair_by_pair() -> None:
                                rtol=1e-6)
 
 
+@pytest.mark.unchecked
 def test_states_of_different_examples_are_refused() -> None:
     x, y = two_views()
     with pytest.raises(ValueError, match="with the same examples"):

@@ -152,6 +152,7 @@ def test_unknown_task() -> None:
         load_task({"name": "chess"})
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("kind", "values", "message"), [
     (Automaton, {"rule": 256}, "rule must be 0..255"),
     (Automaton, {"width": 2}, "width must be at least 3"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hooks.edits import ablate, steer
+from hooks.edits import ablate, freeze, steer
 from hooks.foreign.discovery import discover
 from hooks.foreign.schedules import InLoopsOf, Schedule, UpTo
 from hooks.foreign.watching import watch
@@ -239,9 +239,10 @@ def test_an_edit_at_a_loop_that_never_came_is_reported_and_stops_nothing() -> No
         model(start(2))
         assert rec.absent == ("core.0.hook_out@9", *(f"core.1.hook_out@{k}" for k in range(2, 6)))
         assert len(rec) == 2
-    with (pytest.raises(SiteError, match=r"runs up to 16 loops, and which is the last is known only when the forward"),
-          watch(model, (), schedule={"core": UpTo(16)}, fwd_hooks=[("core.0.hook_out@-1", lambda v, hook: v)])):
-        pass
+    for edit in (("core.0.hook_out@-1", lambda value, hook: value), freeze(-2, "core.0.hook_out")):
+        with (pytest.raises(SiteError, match=r"runs up to 16 loops, and which is the last is known only when"),
+              watch(model, (), schedule={"core": UpTo(16)}, fwd_hooks=[edit])):
+            pass
 
 
 def test_an_edit_that_changes_when_the_model_halts() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hooks.foreign.discovery import discover, walk
+from hooks.foreign.discovery import discover, modules_of
 from hooks.foreign.watching import watch
 from hooks.sites import SiteError
 from tests.small_looped import SCHEDULE, Looped, Wrapping, by_hand, looped, n_hooks, states
@@ -225,4 +225,6 @@ def test_a_module_under_two_names_is_one(x):
     assert torch.equal(rec["0.hook_out@2"], layer(layer(layer(x))))
     assert discover(model, (x,)).schedule.axes("0") == (("", 3),)
     nested = nn.ModuleDict({"a": model, "b": nn.ModuleList([layer, Looped(), nn.Identity()]), "c": Looped()})
-    assert walk(nested) == list(nested.named_modules())
+    assert list(modules_of(nested)[0].items()) == [(path, part) for path, part in nested.named_modules()
+                                                   if type(part).forward is not nn.Module.forward]
+    assert modules_of(nested)[1] == {"a.1": "a.0", "a.2": "a.0", "b.0": "a.0"}

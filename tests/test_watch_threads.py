@@ -115,13 +115,15 @@ def test_another_thread_that_runs_the_model_as_it_is_being_unwatched_again_and_a
     threads = [threading.Thread(target=keep_running) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(60):
-        try:
-            with watch(model, "core.**.hook_out"):
-                model(states())
-        except RuntimeError as error:
-            errors.append(str(error))
-    stop.set()
+    try:
+        for _ in range(60):
+            try:
+                with watch(model, "core.**.hook_out"):
+                    model(states())
+            except RuntimeError as error:
+                errors.append(str(error))
+    finally:
+        stop.set()
     for thread in threads:
         thread.join(20)
     torch_itself = "mutated during iteration"  # a dict of hooks, as it lists those to call

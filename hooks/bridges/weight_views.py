@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from hooks.model.loopmdm import LoopMDM
 
-Condition = Float[Tensor, "batch d_cond"]
+Condition = Float[Tensor, "#batch d_cond"]
+"""One row for all examples where a network is unrolled at one noise level."""
 Gate = Callable[[], Float[Tensor, "d_model"]] | None
 
 

@@ -30,6 +30,13 @@ from hooks.foreign import payload
 from hooks.foreign.schedules import Discovered, Numbering
 from hooks.sites import LoopAxes
 
+COMPILED = ("the module is compiled (torch.compile), and compiled code does not call Python hooks reliably: watch and "
+            "call the original module, which shares its weights with the compiled one (compiled._orig_mod).")
+
+
+HOOKING = threading.RLock()
+"""Held while hooks are placed: torch gives two hooks that are placed at once one number, and forgets one of them."""
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -65,7 +72,8 @@ class Description:
 def describe(module: nn.Module, *args: Any, **kwargs: Any) -> Description:
     """Run ``module(*args, **kwargs)`` once, print how often each of its modules was called, and return the table.
 
-    Of a TransformerLens bridge the rows are its hook points. Modules that were not called are left out.
+    Of a TransformerLens bridge the rows are its hook points. Modules that were not called are left out. Raises
+    ValueError for a module that is compiled or scripted.
     """
     found = discover(module, args, kwargs)
     print(found)
@@ -77,19 +85,23 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
     """`describe` without the printing. ``call`` runs the module in another way than ``module(*args, **kwargs)``."""
     run, removers = _DryRun(), []
 
-    def took(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if _DRY.run is run:
-            run.began(path, _shape({**dict(enumerate(args)), **kwargs}))
+    def took(path: str, _: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if _DRY.run is run:  # (torch leaves kwargs out in threads that it hands a hook which is being removed)
+            if path not in run.shapes:
+                run.shapes[path] = [_shape({**dict(enumerate(args)), **kwargs}), ""]
+            run.began(path)
 
     def gave(path: str, _: nn.Module, __: Any, output: Any) -> None:
         if _DRY.run is run:
-            run.ended(path, _shape(output))
+            run.shapes[path][1] = run.shapes[path][1] or _shape(output)
+            run.ended(path)
 
     found, _ = modules_of(module)
     try:
-        for path, part in found.items():
-            removers.append(part.register_forward_pre_hook(partial(took, path), with_kwargs=True))
-            removers.append(part.register_forward_hook(partial(gave, path), prepend=True, always_call=True))
+        with HOOKING:
+            for path, part in found.items():
+                removers.append(part.register_forward_pre_hook(partial(took, path), with_kwargs=True))
+                removers.append(part.register_forward_hook(partial(gave, path), prepend=True, always_call=True))
         with _leaving_no_trace(module, run):
             if call is None:
                 module(*_copied(args), **_copied(dict(kwargs or {})))
@@ -106,19 +118,21 @@ def discover(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str,
 def modules_of(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Everything inside that can be watched, by path: modules with a forward, or a bridge's hook points.
 
-    Also the other paths of modules that stand in several places: {path: the first path}.
+    Also the other paths of modules that stand in several places: {path: the first path}. Raises ValueError for modules
+    whose calls Python cannot see (compiled, scripted).
     """
+    found, again = _walked(module)
+    for part in found:
+        if part._compiled_call_impl is not None or "_orig_mod" in part._modules:
+            raise ValueError(COMPILED)
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError("the module is scripted or traced (torch.jit), and its calls cannot be seen from Python: "
+                             "watch the module it was made from.")
     if is_bridge(module):
         points: Any = module.hook_dict
         return dict(points), {}
-    found, again = _walked(module)
     modules = {path: part for part, path in found.items() if type(part).forward is not nn.Module.forward}
     return modules, _aliases(list(found.values()), again, modules) if again else {}
-
-
-def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``module.named_modules()`` in the same order, only faster: it shows beside a small model's forward."""
-    return [(path, part) for part, path in _walked(module)[0].items()]
 
 
 def is_bridge(module: nn.Module) -> bool:
@@ -136,7 +150,10 @@ def is_dry() -> bool:
 
 
 def _walked(module: nn.Module) -> tuple[dict[nn.Module, str], list[tuple[str, str]]]:
-    """The first path of every module, and (other path, first path) of those met again."""
+    """The first path of every module, and (other path, first path) of those met again.
+
+    In the order of ``module.named_modules()``, only faster: it shows beside a small model's forward.
+    """
     found: dict[nn.Module, str] = {}
     again: list[tuple[str, str]] = []
     waiting = [("", module)]
@@ -177,14 +194,12 @@ class _DryRun:
         self.chains: dict[str, list[tuple[tuple[str, int], ...]]] = {}  # of each call, the calls around it: (path, nth)
         self.around: list[tuple[str, int]] = []
 
-    def began(self, path: str, shape: str) -> None:
+    def began(self, path: str) -> None:
         chains = self.chains.setdefault(path, [])
-        self.shapes.setdefault(path, [shape, ""])
         chains.append(tuple(self.around))
         self.around.append((path, len(chains) - 1))
 
-    def ended(self, path: str, shape: str) -> None:
-        self.shapes[path][1] = self.shapes[path][1] or shape
+    def ended(self, path: str) -> None:
         while self.around.pop()[0] != path:  # what ended in an error
             pass
 

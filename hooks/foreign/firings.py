@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import get_ident
@@ -29,7 +28,15 @@ from hooks.checkpointing import guard_recomputation, may_be_checkpointed
 from hooks.edits import Edit, attachments
 from hooks.foreign import payload
 from hooks.foreign.counting import Counter, times
-from hooks.foreign.discovery import discover, is_dry, random_state, random_state_kept, set_random_state
+from hooks.foreign.discovery import (
+    COMPILED,
+    HOOKING,
+    discover,
+    is_dry,
+    random_state,
+    random_state_kept,
+    set_random_state,
+)
 from hooks.foreign.layouts import Declared, Layouts, StateLayout, is_attention
 from hooks.foreign.places import Choice, Firing, Place, Places, places_of
 from hooks.hook_points import HookFunction, replacing
@@ -37,10 +44,6 @@ from hooks.recording import Recorder, Recording, axes_of
 from hooks.sites import Site, SiteError, SitePattern, SiteSpace
 
 Hooks = Sequence[tuple[SitePattern, HookFunction] | Edit]
-
-COMPILED = ("the module is compiled (torch.compile), and compiled code does not call Python hooks reliably: watch and "
-            "call the original module, which shares its weights with the compiled one (compiled._orig_mod).")
-
 
 UNCHECKPOINTED = "Switch checkpointing off (model.gradient_checkpointing_disable())."
 
@@ -100,7 +103,6 @@ class Run:
         self.new_recorder, self.recorder, self.backward = recorder, recorder(), recorder()
         self.unkept: set[str] = set()  # names and sites whose gradients are not to be kept
         self.recording = Watched()
-        self.lock = threading.RLock()
         self.begin: Any = None
         self.removers: list[Any] = []
         self.active = self.closed = False
@@ -122,7 +124,7 @@ class Run:
 
     def attach(self, places: Places) -> None:
         """Resolve every pattern and place the torch hooks; SiteError for what cannot fire, and then none are left."""
-        with self.lock:
+        with HOOKING:
             if self.closed:
                 return
             already = len(self.removers)
@@ -145,8 +147,8 @@ class Run:
                 self._act(self.sites, self._record_gradient, quiet=False, from_end=True)
         for pattern, fn in attachments(self.bwd_hooks, places.space):
             self._note(self._act(pattern, _on_backward(fn), quiet=False))
-        for name, tap in self.taps.items():
-            if places.place(name).kind == "in":
+        for tap in self.taps.values():
+            if tap.place.kind == "in":
                 hook = tap.owner.register_forward_pre_hook(self._on_input(tap), prepend=True, with_kwargs=True)
             else:
                 hook = tap.owner.register_forward_hook(self._on_output(tap), prepend=True)
@@ -154,8 +156,9 @@ class Run:
 
     def frame(self) -> None:
         """Mark where a forward begins, before every other hook of the root, and where it ends, after them."""
-        self._mark_begin()
-        self.removers.append(self.root.register_forward_hook(lambda *given: self._finish(), always_call=True))
+        with HOOKING:
+            self._mark_begin()
+            self.removers.append(self.root.register_forward_hook(lambda *given: self._finish(), always_call=True))
 
     def _mark_begin(self) -> None:
         # A function, not a bound method: copy.deepcopy of the module then keeps pointing here, and is noticed.
@@ -164,7 +167,7 @@ class Run:
 
     def detach(self) -> None:
         """Remove every hook. Whatever another thread is doing, none is attached from now on."""
-        with self.lock:
+        with HOOKING:
             self.closed = True
             for remover in (*self.removers, *([self.begin] if self.begin else [])):
                 remover.remove()
@@ -227,14 +230,14 @@ class Run:
 
     # ---- during
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         if is_compiling():
             raise RuntimeError(COMPILED)
-        if is_dry() or self.closed:
+        if is_dry() or self.closed or kwargs is None:  # None: torch, in a thread, while the hook comes or goes
             return None
         if module is not self.root:
             raise RuntimeError(_replica("the watched module"))
-        with self.lock:
+        with HOOKING:
             if self.active:
                 self._refuse_overlap()
             self.active, self.thread = True, get_ident()
@@ -271,7 +274,7 @@ class Run:
     def _discover(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         with random_state_kept(self.seed):
             schedule = discover(module, args, kwargs).schedule
-        with self.lock:
+        with HOOKING:
             self.attach(places_of(module, schedule))
             if not self.closed:
                 self.begin.remove()
@@ -313,9 +316,9 @@ class Run:
         return hook
 
     def _on_input(self, tap: Tap) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any = None) -> Any:
             index = self._next(tap, module)
-            if index is None or not tap.actions[index]:
+            if index is None or kwargs is None or not tap.actions[index]:
                 return None
             given = self._given(tap, module, args, kwargs)
             changed = self._applied(tap, index, given, module)
@@ -333,7 +336,7 @@ class Run:
             raise RuntimeError(COMPILED)
         if self.active and module is not tap.owner:
             raise RuntimeError(_replica(tap.name))
-        if not self._is_on():
+        if not self.active or self.thread != get_ident() or is_dry():
             self._stray(tap)
             return None
         counter = tap.counter
@@ -350,7 +353,7 @@ class Run:
 
     def _applied(self, tap: Tap, index: int, value: Any, module: nn.Module, conversion: Any = None) -> Any:
         """``value`` with its tensor replaced by what the functions made of it, or None if they left it alone."""
-        where = self._where(tap, value)
+        where = () if tap.place.element is None and isinstance(value, Tensor) else self._where(tap, value)
         if where is None:
             reason = f"{tap.firings[index].site}: {type(module).__name__} {_without_tensor(tap.place, value)}"
             if not tap.optional:
@@ -382,9 +385,7 @@ class Run:
 
     def _where(self, tap: Tap, value: Any) -> payload.Where | None:
         """Where the tensor of this site is in what a module takes or returns."""
-        if tap.place.element is not None:
-            return payload.element(value, tap.place.element)
-        return () if isinstance(value, Tensor) else payload.find(value)
+        return payload.find(value) if tap.place.element is None else payload.element(value, tap.place.element)
 
     def _given(self, tap: Tap, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Those inputs, by place or by name, that hold the tensor of this site; an element may have either name."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ class StateLayout:
         first = tuple(name for name in ("batch", "pos") if name in names)
         return first + tuple(name for name in names if name not in first)
 
-    @property
+    @cached_property
     def is_canonical(self) -> bool:
         """Is there nothing to turn?"""
         return self.axes == self.own
@@ -81,6 +81,9 @@ class StateLayout:
         return tuple((*self._added, *self.own).index(name) for name in self.axes)
 
 
+_STATE = StateLayout(BATCH_FIRST)
+
+
 def declared_layout(axes: Iterable[str]) -> StateLayout:
     """The layout that a user names. ValueError for names that are no axes."""
     names = tuple(axes)
@@ -99,6 +102,7 @@ class Layouts:
         self.everywhere = None if declared is None or isinstance(declared, Mapping) else declared_layout(declared)
         self.declared = [(pattern, declared_layout(axes)) for pattern, axes in by_site.items()]
         self.said = _said_by(modules)
+        self.plain = declared is None and not self.said  # nothing says anything
         self.sizes: tuple[int, int] | None = None  # (batch, pos) of this forward's input
         self.fits, self.misfit = False, ""         # a state with as many axes as are declared; one with others
         said = self._said("") if "" in modules else None
@@ -119,6 +123,8 @@ class Layouts:
         Raises ValueError if what is declared or known of the module contradicts the shapes of state and input.
         """
         n, shape = state.ndim, list(state.shape)
+        if n == 3 and self.plain and not (self.sizes and self._in_doubt(place.path, shape)) and not known_axes(name):
+            return _STATE
         for pattern, layout in self.declared:
             if glob(pattern)(name):
                 if len(layout.own) != n:
@@ -140,7 +146,7 @@ class Layouts:
         self.misfit = self.misfit or f"{name} has shape {shape}"
         if n != 3:
             return _unknown(n, batch=place.element is None)
-        return _unknown(3, batch=False) if self._in_doubt(place.path, shape) else StateLayout(BATCH_FIRST)
+        return _unknown(3, batch=False) if self._in_doubt(place.path, shape) else _STATE
 
     def refuse_misfit(self) -> None:
         """RuntimeError if what is declared for all states fits none of them."""
@@ -219,18 +225,23 @@ def _said_by(modules: Mapping[str, nn.Module]) -> dict[str, bool | None]:
     for path, part in modules.items():
         if isinstance(first := part.__dict__.get("batch_first"), bool):
             said[path] = first
-        elif isinstance(part, nn.RNNCellBase):
-            said[path] = None
-        elif isinstance(part, _OF_LAYERS):
-            layers.append((path, "layers.0.self_attn"))
-        elif isinstance(part, _WITH_ATTENTION):
-            layers.append((path, "self_attn"))
-    said.update({path: said[inner] for path, name in layers if (inner := f"{path}.{name}".lstrip(".")) in said})
+        elif (inner := _inner(type(part))) is not None:  # type: ignore[arg-type]  # classes are hashable
+            layers.append((path, inner))
+    for path, inner in layers:
+        attention = f"{path}.{inner}".strip(".")
+        if not inner or attention in said:
+            said[path] = said[attention] if inner else None
     return said
 
 
-_WITH_ATTENTION = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
-_OF_LAYERS = nn.TransformerEncoder, nn.TransformerDecoder
+@lru_cache(maxsize=4096)
+def _inner(kind: type[nn.Module]) -> str | None:
+    """Where the module is, in one of this kind, that says it; "" for cells, None for modules that say nothing."""
+    if issubclass(kind, nn.RNNCellBase):
+        return ""
+    if issubclass(kind, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        return "layers.0.self_attn"
+    return "self_attn" if issubclass(kind, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else None
 
 
 def _unknown(n: int, batch: bool = True) -> StateLayout:

@@ -18,7 +18,7 @@ import fnmatch
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -70,6 +70,7 @@ class Numbering:
     weight: int = field(default=0, compare=False)
 
 
+@runtime_checkable
 class Scheduled(Protocol):
     """What `hooks.foreign.watching` asks of a schedule."""
 
@@ -230,6 +231,7 @@ def schedule_of(module: nn.Module) -> Scheduled | None:
     return known(config) if known else None
 
 
+@runtime_checkable
 class Loopified(Protocol):
     """A model that `hooks.foreign.loopify` loops: where the block is in its stack, and how often it runs."""
 

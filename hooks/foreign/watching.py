@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 from hooks.edits import PlanEdit
-from hooks.foreign.discovery import walk
-from hooks.foreign.firings import COMPILED, Hooks, Run, Watched
+from hooks.foreign.discovery import modules_of
+from hooks.foreign.firings import Hooks, Run, Watched
 from hooks.foreign.layouts import Declared
 from hooks.foreign.places import places_of
 from hooks.foreign.schedules import Cycles, Schedule, Scheduled, schedule_of
@@ -74,7 +74,6 @@ def watch(module: nn.Module, sites: SitePattern = None, *,
     schedule leaves that open (`UpTo`). All hooks are removed when the block ends, also while another thread runs
     the module.
     """
-    _refuse_compiled(module)
     if any(isinstance(entry, PlanEdit) for entry in fwd_hooks):
         raise ValueError("skipping, repeating and swapping loops needs a model that can re-plan its run "
                          "(HookedLoopMDM): under watch, edit at sites.")
@@ -87,7 +86,9 @@ def watch(module: nn.Module, sites: SitePattern = None, *,
                          "visits loops in reverse: record gradients without it.")
     schedule = schedule_of(module) if schedule is None else schedule
     try:
-        if schedule is not None:
+        if schedule is None:
+            modules_of(module)  # refuses what cannot be watched
+        else:
             run.attach(places_of(module, schedule))
         run.frame()
         with _uncompiled():
@@ -105,15 +106,6 @@ def _uncompiled() -> AbstractContextManager[Any]:
     if "torch._dynamo" in sys.modules:  # else nothing is compiled yet; importing it takes a second
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
-
-
-def _refuse_compiled(module: nn.Module) -> None:
-    for _, part in walk(module):
-        if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
-            raise ValueError(COMPILED)
-        if isinstance(part, torch.jit.ScriptModule):
-            raise ValueError("the module is scripted or traced (torch.jit), and its calls cannot be seen from Python: "
-                             "watch the module it was made from.")
 
 
 __all__ = ["Watched", "watch"]

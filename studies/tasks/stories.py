@@ -53,7 +53,6 @@ class Stories(Task):
     people: int = 3                  # people who swap their possessions, 2..4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", tuple(self.kinds))   # from JSON it is a list
         if not self.kinds or set(self.kinds) - set(KINDS) or len(set(self.kinds)) < len(self.kinds):
             raise ValueError(f"kinds must be one or more of {', '.join(KINDS)}, each once, not {list(self.kinds)}.")
         if self.steps < 1 or self.distractors < 0:

@@ -119,6 +119,7 @@ def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
 # --------------------------------------------------------------------------- (b) and (c)
 
 
+@torch.no_grad()
 def quality_over_loops(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """NELBO, share of free cells right and exact accuracy per example, over S = 1 … 4·S_max; twins at S = 1 only.
 
@@ -162,6 +163,7 @@ def loop_counts(s_max: int) -> list[int]:
 # --------------------------------------------------------------------------------- (d)
 
 
+@torch.no_grad()
 def by_noise_level(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """Loop gain NLL(t, S = 1) − NLL(t, S_max) per example, nats per masked token, by noise level."""
     entry, s_max = models["loop"], _s_max(models)
@@ -214,6 +216,7 @@ def mask_attention(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Datase
 # --------------------------------------------------------------------------------- (f)
 
 
+@torch.no_grad()
 def adaptive_looping(models: Mapping[str, Entry], sizes: SampleSizes) -> xr.Dataset:
     """Loops used and quality per example when each stops at a relative change below τ, at most S_max loops.
 
@@ -297,11 +300,13 @@ def _sampled(model: HookedLoopMDM, task: Task, batch: Batch, *, n_loops: int, n_
 # --------------------------------------------------------------------------- shared parts
 
 
-@torch.no_grad()
 def answers_over_loops(model: LoopedModel, noised: Int[Tensor, "batch pos"], t: Float[Tensor, "batch"],
                        loops: Sequence[int],
                        ) -> Iterator[tuple[int, Float[Tensor, "batch pos vocab"], Float[Tensor, "batch"]]]:
-    """(S, logits after S loops, relative change of the state by loop S) for each S in ``loops``, in one run."""
+    """(S, logits after S loops, relative change of the state by loop S) for each S in ``loops``, in one run.
+
+    Gradients are kept unless the caller does without them.
+    """
     states = loop_states(model, noised, max(loops), t=t)
     before, _ = next(states)
     for n_loops, (state, context) in enumerate(states, start=1):
