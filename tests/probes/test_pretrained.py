@@ -18,7 +18,7 @@ from hooks import LoopedModel, adopt, loopify
 from probes import attention_summary, cka_between_depths, dynamics, fixed_point, probe_latent, read_lens
 
 pytestmark = pytest.mark.pretrained
-FILES = Path(__file__).resolve().parent.parent / "runs" / "specimens" / "antiberty" / "trained_models"
+FILES = Path(__file__).resolve().parents[2] / "runs" / "specimens" / "antiberty" / "trained_models"
 CHAINS = (
     "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYCAAPYCSSISCNDGFDI",
     "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQSTHVPYTFGGGTKLEI")

@@ -178,7 +178,7 @@ def test_a_deep_copy_is_independent():
 @pytest.mark.slow
 def test_transformerlens_finds_the_architecture_through_its_entry_point(tmp_path):
     """In a process that never imports hooks itself; an installed loopscope brings the same metadata."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     declared = project["entry-points"]["transformer_lens.architectures"]
     path = [str(root)]

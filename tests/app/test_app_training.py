@@ -13,9 +13,9 @@ from app.figures.training import curves, last_loops
 from studies.ablations import Ablations
 from studies.ablations import main as ablations
 from tests.small_zoo import make_zoo
-from tests.test_ablations import entry
+from tests.studies.test_ablations import entry
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning")]
 

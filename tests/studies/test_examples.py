@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from studies.examples import architectures
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "studies" / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "studies" / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "architectures.py")
 
 

@@ -17,7 +17,7 @@ from studies.questions.stages.operation import Setting
 from studies.rerun import Rerun
 from tests.small_zoo import make_zoo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BAD_LEVELS = ("nan", "0", "-1", "7", "1.0001", "inf", "-inf")
 
 

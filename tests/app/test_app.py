@@ -18,7 +18,7 @@ from studies.rerun import main as rerun
 from studies.zoo import load
 from tests.small_zoo import TASK, make_zoo
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIVE = ("lens", "dynamics", "attention", "probes", "denoise")
 
 pytestmark = [

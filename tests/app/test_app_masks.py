@@ -16,7 +16,7 @@ from studies.tasks import Batch
 from studies.zoo import load
 from tests.small_zoo import TASK, make_zoo
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     # AppTest leaves its folder of scripts to the garbage collector

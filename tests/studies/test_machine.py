@@ -125,7 +125,7 @@ def test_a_machine_with_both_says_nothing_and_the_card_names_what_was_asked(monk
 def test_what_a_preset_fixes_is_no_lack_of_the_machine(monkeypatch, tmp_path, capsys) -> None:
     lacking(monkeypatch, bf16=False, compiler=False)
     fixed = {**TINY.train, "precision": "fp32", "compile": False}
-    monkeypatch.setattr("tests.test_machine.TINY", dataclasses.replace(TINY, train=fixed))
+    monkeypatch.setattr("tests.studies.test_machine.TINY", dataclasses.replace(TINY, train=fixed))
     cards = run(monkeypatch, tmp_path)
     assert not any(word in capsys.readouterr().out for word in ("bfloat16", "compile"))
     assert all("--precision" not in card["command"] and "--compile" not in card["command"] for card in cards.values())

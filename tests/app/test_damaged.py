@@ -20,7 +20,7 @@ from studies.results import RESULTS, SCRIPTS, list_results, read_results
 from studies.zoo import REQUIRED, find_groups, listing, load, names, read_metrics, triplet, variants_of
 from tests.small_zoo import make_zoo, with_curves
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("verdict", "lens", "dynamics", "attention", "probes", "denoise", "training")
 WHOLE = ["automaton-deep", "automaton-loop", "automaton-twin"]
 

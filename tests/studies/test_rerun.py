@@ -23,9 +23,9 @@ from studies.questions.stages.operation import Operation, Setting
 from studies.results import read_results, write_results
 from studies.training.run import train
 from tests.small import uniform_attention
-from tests.test_training import tiny
+from tests.studies.test_training import tiny
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from studies.training.run import TrainConfig, TrainResult, train
 from studies.training.step import TrainingStep, World, training_nelbo
 from tests.small import VARIANTS, small_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {"d_model": 16, "n_heads": 2, "d_mlp": 32, "max_loops": 3}
 
 
@@ -103,14 +103,14 @@ def killable(out: Path, *, kill_at: int | None = None) -> tuple[TrainResult, int
 _KILLED = """
 import sys
 from pathlib import Path
-from tests.test_training import killable
+from tests.studies.test_training import killable
 killable(Path(sys.argv[1]), kill_at=int(sys.argv[2]))
 """
 
 _KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from pathlib import Path
-from tests.test_training import killable
+from tests.studies.test_training import killable
 
 def half(state, path, save=torch.save):
     save(state, path)
@@ -279,7 +279,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(tmp_path, changes, message):
 _PROCESSES = """
 import sys
 from pathlib import Path
-from tests.test_training import tiny
+from tests.studies.test_training import tiny
 from studies.training.run import train
 train(tiny(Path(sys.argv[1]), time_budget_s=600.0), progress=False)
 """
