@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hooks.hook_points import LoopClock
 from hooks.sites import LoopAxes, Site, SiteSpace
 
-At = slice | Tensor | Sequence[int] | int
+At = slice | Tensor | np.ndarray | Sequence[int] | int
 """Positions: a slice, indices (none, if there are none), or booleans [pos] or [batch, pos]."""
 
 

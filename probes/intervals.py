@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Float, Int, Shaped
 
 LEVEL = 0.95
@@ -108,7 +109,7 @@ class Resampling:
         return [np.repeat(np.arange(len(row)), row.astype(int)) for row in self.counts]
 
 
-def bootstrap(statistic: Callable[..., float], *samples: Shaped[np.ndarray, "example ..."], seed: int = 0,
+def bootstrap(statistic: Callable[..., float], *samples: Shaped[np.ndarray, "example ..."] | xr.DataArray, seed: int = 0,
               n_resamples: int = 500, sizes: Sequence[int] = ()) -> Interval:
     """Percentile interval of ``statistic(*samples)``; all samples are resampled by the same draws.
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-AttentionMask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None
+AttentionMask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos"] | None
 """1 at real positions and 0 at padding, or None where all are real."""
 
 Tokens = Int[Tensor, "batch pos"] | Mapping[str, Any]

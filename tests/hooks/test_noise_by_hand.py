@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -72,9 +73,9 @@ def test_the_sampler_starts_at_level_1_and_tells_each_steps_level() -> None:
     seen: list[float] = []
     condition = model.condition
 
-    def noted(tokens: Tensor, t: float | None = None) -> Tensor:
-        seen.append(float("nan") if t is None else float(t))
-        return condition(tokens, t)
+    def noted(tokens: Tensor, t: float, *rest: Any) -> Tensor | None:
+        seen.append(t)
+        return condition(tokens, t, *rest)
 
     model.condition = noted  # type: ignore[method-assign]
     trace = sample(model, prompt, SamplerConfig(n_steps=4), generator=torch.Generator().manual_seed(0))

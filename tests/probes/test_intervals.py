@@ -27,6 +27,7 @@ def test_samples_are_resampled_together():
 
 
 @pytest.mark.unchecked
+@pytest.mark.unchecked
 def test_samples_of_other_examples_are_refused():
     with pytest.raises(ValueError, match="the same examples"):
         bootstrap(lambda a, b: a.mean() - b.mean(), np.zeros(4), np.zeros(5))

@@ -78,7 +78,7 @@ def setting() -> Setting:
 
 @pytest.fixture(scope="module")
 def content(setting: Setting) -> Operation:
-    return content_half.measure(setting)
+    return content_half.measure_content(setting)
 
 
 def zeros_by_row(setting: Setting) -> np.ndarray:
@@ -143,7 +143,7 @@ def test_labels_that_are_chance_are_read_at_chance() -> None:
             for part in (block.attn.out, block.mlp.up, block.mlp.down):
                 part.weight.mul_(6)
     setting = Setting.draw(triplet(loop, task), n_examples=80, t=1.0, seed=0, n_untrained=2)
-    accuracy = content_half.measure(setting).datasets["probe_by_region"].accuracy_loop.sel(region=1)
+    accuracy = content_half.measure_content(setting).datasets["probe_by_region"].accuracy_loop.sel(region=1)
     assert abs(float(accuracy.mean()) - 0.5) < 0.1, accuracy.values   # 0.67 if they are fitted on the held-out split
 
 
@@ -177,7 +177,7 @@ def test_the_study_freezes_after_the_loop_it_names() -> None:
     with torch.no_grad():   # both answers alike probable, so that what attention brings decides
         logits = loop(setting.noised, S_MAX, t=0.5)
         loop.unembed_bias[1] -= (logits[..., 1] - logits[..., 0])[setting.noised == 2].median()
-    found = operation_half.measure(setting)
+    found = operation_half.measure_operation(setting)
     free = setting.batch.free
     right = [(((frozen_by_hand(loop, setting.noised, S_MAX, after, 0.5) == setting.batch.tokens) & free).sum(1)
               / free.sum(1)).numpy() for after in range(S_MAX)]
