@@ -20,7 +20,8 @@ def test_bootstrap_covers_the_mean_like_the_normal_interval():
 def test_samples_are_resampled_together():
     values = np.random.default_rng(0).normal(size=200)
     found = bootstrap(lambda a, b: a.mean() - b.mean(), values, values + 3)
-    assert found.low == pytest.approx(-3) and found.high == pytest.approx(-3)
+    assert found.low == pytest.approx(-3)
+    assert found.high == pytest.approx(-3)
     draws = Resampling((200,), n_resamples=300)
     assert draws.mean(values + 3) - draws.mean(values) == pytest.approx(3)
 
@@ -57,7 +58,8 @@ def test_seeds_are_resampled_outside_their_examples():
 def test_a_draw_takes_as_many_examples_of_a_seed_as_it_has():
     draws = Resampling((5, 20), n_resamples=200)
     first, second = draws.counts[:, :5].sum(1), draws.counts[:, 5:].sum(1)
-    assert set(first) <= {0, 5, 10} and set(second) <= {0, 20, 40}
+    assert set(first) <= {0, 5, 10}
+    assert set(second) <= {0, 20, 40}
     assert {0, 10} <= set(first)
 
 
