@@ -80,12 +80,12 @@ def killable_config(out: Path) -> TrainConfig:
 
 
 def killable(out: Path, *, kill_at: int | None = None) -> tuple[TrainResult, int]:
-    """A run, and how many lines of studies/training.py it executed; at line ``kill_at`` the process gets a SIGKILL."""
+    """A run, and how many lines of studies/training/run.py it executed; at line ``kill_at`` it gets a SIGKILL."""
     lines = 0
 
     def traced(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
         nonlocal lines
-        if not frame.f_code.co_filename.endswith("studies/training.py"):
+        if not frame.f_code.co_filename.endswith("studies/training/run.py"):
             return None
         lines += event == "line"
         if lines == kill_at:
