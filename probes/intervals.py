@@ -109,8 +109,8 @@ class Resampling:
         return [np.repeat(np.arange(len(row)), row.astype(int)) for row in self.counts]
 
 
-def bootstrap(statistic: Callable[..., float], *samples: Shaped[np.ndarray, "example ..."] | xr.DataArray, seed: int = 0,
-              n_resamples: int = 500, sizes: Sequence[int] = ()) -> Interval:
+def bootstrap(statistic: Callable[..., float], *samples: Shaped[np.ndarray, "example ..."] | xr.DataArray,
+              seed: int = 0, n_resamples: int = 500, sizes: Sequence[int] = ()) -> Interval:
     """Percentile interval of ``statistic(*samples)``; all samples are resampled by the same draws.
 
     The first axis of every sample is the example; ``sizes`` says how many belong to each training seed.
