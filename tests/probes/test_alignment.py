@@ -63,7 +63,8 @@ def measured(same, n=64):
     run = Trajectory.of(model, inputs, cycle)
     groups = torch.zeros(n, POS, dtype=torch.long)
     fit = torch.arange(0, n, 2)
-    frame = align(run, fit=fit, groups=groups, config=AlignConfig(starts=4, steps=30, tries=1, joint_steps=60, positions=2048))
+    config = AlignConfig(starts=4, steps=30, tries=1, joint_steps=60, positions=2048)
+    frame = align(run, fit=fit, groups=groups, config=config)
     scored = torch.ones(n, POS, dtype=torch.bool)
     plain = tau(exchange(model, inputs, cycle, trajectory=run, scored=scored)).values
     aligned = tau(exchange(model, inputs, cycle, trajectory=run, scored=scored, frame=frame)
