@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -157,8 +157,9 @@ class _Drawn:
         self._draws = draws(evidence.sizes)
         self._of_layers = self._draws if evidence.layers is None or evidence.layers.sizes == evidence.sizes else draws(
             evidence.layers.sizes)
-        self.exchanges = {"fixed": evidence.loops, "drifting": evidence.aligned,
-                          "layers": evidence.layers and evidence.layers.exchanges}
+        self.exchanges: dict[str, Exchanges | None] = {
+            "fixed": evidence.loops, "drifting": evidence.aligned,
+            "layers": None if evidence.layers is None else evidence.layers.exchanges}
         self.work: dict[str, Float[np.ndarray, "draw content"]] = {}
         self.tau: dict[str, Float[np.ndarray, "draw content operation"]] = {}
         for name, measured in self.exchanges.items():
@@ -217,8 +218,8 @@ class _Cell:
     def _register_content(self) -> None:
         prefix, skip, line = self.evidence.prefix, self.evidence.skip, self.evidence.line
         mean, final = self.drawn.mean, self.evidence.prefix[-1]
-        both = {"above": self.delta, "below": self.delta}
-        around = {"above": self.delta, "below": -self.delta, "within": self.delta}
+        both: dict[str, Any] = {"above": self.delta, "below": self.delta}
+        around: dict[str, Any] = {"above": self.delta, "below": -self.delta, "within": self.delta}
         self._claim("gain", mean(prefix[self.start] - prefix[self.stop]) / len(self.range), **around)
         self._claim("worth", mean((skip[self.start:self.stop] - final).mean(0)), **around)
         self._claim("whole gain", mean(prefix[1] - final), **both)
@@ -229,7 +230,7 @@ class _Cell:
             self._claim("beyond the line", mean(line[self.stop] - prefix[self.stop]), **both)
 
     def _register_operation(self, basis: str) -> None:
-        limits = {"above": self.thresholds.same, "below": self.thresholds.different}
+        limits: dict[str, Any] = {"above": self.thresholds.same, "below": self.thresholds.different}
         found = self.drawn.tau[basis]
         for i, j in combinations(self._members(), 2):
             both = np.minimum(found[:, i, j], found[:, j, i]), np.maximum(found[:, i, j], found[:, j, i])
@@ -246,7 +247,7 @@ class _Cell:
         inside = [p for p, loop in enumerate(layers.loop) if loop in self.range]
         pairs = [(p, q) for p, q in product(inside, repeat=2) if layers.loop[p] != layers.loop[q]
                  and np.isfinite(layers.exchanges.kl[p, q]).any()]
-        limits = {"above": self.thresholds.same, "below": self.thresholds.different}
+        limits: dict[str, Any] = {"above": self.thresholds.same, "below": self.thresholds.different}
         for name, alike in (("same-layer tau", True), ("other-layer tau", False)):
             if chosen := [(p, q) for p, q in pairs if (layers.layer[p] == layers.layer[q]) == alike]:
                 self._claim(name, self._weighted("layers", chosen), **limits)

@@ -405,7 +405,10 @@ def _regime(findings: Sequence[Finding]) -> Regime:
 
 def _numbers(values: xr.DataArray) -> list[Any]:
     """Nested lists for JSON, with None for what was not measured."""
-    return np.where(np.isfinite(values.values), values.values.astype(object), None).tolist()
+    shown: Any = values.values.astype(object)
+    shown[~np.isfinite(values.values)] = None
+    numbers: list[Any] = shown.tolist()
+    return numbers
 
 
 def _row(finding: Finding) -> dict[str, Any]:

@@ -46,7 +46,8 @@ BOUND_ONLY = {
     "studies/questions/claims/measure.py", "studies/questions/recipe/measure.py", "studies/training/run.py",
     "studies/questions/ablations/measure.py", "studies/questions/stages/content.py",
     "studies/questions/stages/operation.py", "studies/questions/length_generalization/measure.py",   # train or measure
-    "probes/alignment.py", "probes/gains.py", "probes/stage_rule.py", "probes/stage_test.py", "probes/stage_text.py",
+    "probes/alignment.py", "probes/calibration.py", "probes/gains.py", "probes/stage_rule.py",
+    "probes/stage_test.py", "probes/stage_text.py",
     "studies/questions/controls/codec.py",                                               # train or measure
     "studies/training/step.py",                                                          # compiles
 }

@@ -234,8 +234,8 @@ def _hrm_text(module: nn.Module, config: Any) -> Architecture:
 
 def _ouro(module: nn.Module, config: Any) -> Architecture:
     stack = _path_of(module, "layers")
-    owner = module.get_submodule(stack.rpartition(".")[0])
-    mid = _places([f"{stack}.{i}" for i in range(len(module.get_submodule(stack)))], "{k}")
+    owner: Any = module.get_submodule(stack.rpartition(".")[0])
+    mid = _places([f"{stack}.{name}" for name, _ in module.get_submodule(stack).named_children()], "{k}")
     return _with_attention(module, Architecture(
         (), mid, (), owner.total_ut_steps, lambda n: dict.fromkeys(("layers", "norm", "early_exit_gate"), n),
         lambda n: _attribute(owner, "total_ut_steps", n), needs_eager=True, answers="next"))
@@ -243,7 +243,7 @@ def _ouro(module: nn.Module, config: Any) -> Architecture:
 
 def _huginn(module: nn.Module, config: Any) -> Architecture:
     root = _path_of(module, "core_block").rpartition(".")[0]
-    parts = {part: [f"{root}.{part}.{i}" for i in range(len(module.get_submodule(f"{root}.{part}")))]
+    parts = {part: [f"{root}.{part}.{name}" for name, _ in module.get_submodule(f"{root}.{part}").named_children()]
              for part in ("prelude", "core_block", "coda")}
     start = len(parts["prelude"])
     middle = start + len(parts["core_block"])
@@ -297,8 +297,9 @@ def _path_of(module: nn.Module, ending: str) -> str:
     for path, _ in module.named_modules():
         if path == ending or path.endswith(f".{ending}"):
             return path
-    raise ValueError(f"{type(module).__name__} calls itself {module.config.model_type} and has no {ending!r}: "
-                     "name its layers with layers=.")
+    kind = getattr(module.config, "model_type", "nothing")
+    raise ValueError(f"{type(module).__name__} calls itself {kind} and has no {ending!r}: name its layers with "
+                     "layers=.")
 
 
 _KNOWN: dict[str, Callable[[nn.Module, Any], Architecture]] = {

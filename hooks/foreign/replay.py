@@ -146,7 +146,7 @@ class Trace:
                 results[row] = whole, example
             waiting = [row for row in waiting if row not in results]
         first = results[0][0]
-        where = () if isinstance(first, Tensor) else payload.find(first)
+        where: payload.Where = () if isinstance(first, Tensor) else payload.find(first) or ()
         axis = 0 if stop is not None else self.layout.own.index("batch")
         picked = [payload.get(whole, where).select(axis, example) for whole, example in
                   (results[row] for row in range(len(index)))]
@@ -221,9 +221,10 @@ def patched(layers: Sequence[nn.Module], step: Callable[..., Any],
             kept.append((layer, "forward" in layer.__dict__, layer.__dict__.get("forward")))
             layer.__dict__["forward"] = stand_in(layer, layer.forward)
             removers.append(layer.register_forward_hook(left))
-            for key, hook in list(layer._forward_hooks.items()):
+            registered: Any = layer._forward_hooks   # an OrderedDict, which torch declares as a dict
+            for key, hook in list(registered.items()):
                 if getattr(hook, "__name__", "") == RUNS_THE_REST:
-                    layer._forward_hooks.move_to_end(key)
+                    registered.move_to_end(key)
         yield
     finally:
         for remover in removers:

@@ -244,8 +244,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                     state = self.loop_input(state, loop, context.injected, index=loop)
             return self._layers(state, (layer,), context.condition, context.real)
 
-    def read(self, state: Float[Tensor, "batch pos d_model"],
-             context: RunContext) -> Float[Tensor, "batch pos vocab"]:
+    def read(self, state: Float[Tensor, "batch pos d_model"], context: Any) -> Float[Tensor, "batch pos vocab"]:
         with self.exclusive():
             return self.unembed(state, context.condition)
 

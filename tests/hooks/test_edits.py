@@ -92,6 +92,7 @@ def test_positions_may_be_written_in_many_ways(at: Any, model: HookedLoopMDM, to
     (torch.zeros(1, 2, 3, dtype=torch.long), r"whole numbers or booleans"),
     (torch.zeros(0, dtype=torch.bool), r"one value for each of 9, not 0"),
 ])
+@pytest.mark.unchecked
 def test_positions_that_are_not_there_are_refused(at: Any, message: str, model: HookedLoopMDM, tokens: Tensor) -> None:
     for edited in (ablate(POST, at=at), skip_loop(2, at=at)):
         with pytest.raises(ValueError, match=message):

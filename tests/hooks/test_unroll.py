@@ -57,7 +57,7 @@ def test_every_site_agrees_with_the_looped_run(variant):
     t = 0.4 if variant in BY_EXAMPLE else None
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
-        _, rec = model.run_with_cache(tokens, LOOPS, names_filter="*", t=t)
+        _, rec = model.run_with_cache(tokens, LOOPS, names_filter="**", t=t)
     found = to_sites(cache, model.config.topology(LOOPS))
     assert set(found) == set(rec)
     for site in rec:

@@ -125,6 +125,7 @@ def test_a_loop_and_its_unrolled_copy_get_the_same_matrix():
 
 
 
+@pytest.mark.unchecked
 def test_what_cannot_be_exchanged_is_refused():
     model = planned("AB")
     inputs, targets = examples("AB", 8)

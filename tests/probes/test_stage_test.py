@@ -74,6 +74,7 @@ def test_what_is_no_noise_level_is_refused(t):
         verdict("AA", n=16, t=t)
 
 
+@pytest.mark.unchecked
 def test_arguments_that_do_not_fit_are_refused():
     inputs, targets = examples("AA", 16)
     model = planned("AA")

@@ -223,6 +223,7 @@ def test_bfloat16_is_near_float32_and_not_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked                  # the compiler traces the checks too, and beartype refuses its tensors
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
     machine.missing_for_compile("cpu") is not None, reason=f"{machine.missing_for_compile('cpu')}: torch's own backend "
