@@ -26,9 +26,9 @@ Clocks are estimated on other examples than those that they are used on (eight f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -337,9 +337,10 @@ def _derangement(n: int, seed: int) -> Int[Tensor, "example"]:
 def _dataset(kl: np.ndarray, work: np.ndarray, changed: np.ndarray, changed_by_skip: np.ndarray, cycle: Cycle,
              maps: Maps) -> xr.Dataset:
     loop, layer = (np.array(part) for part in zip(*cycle.labels(maps), strict=True))
-    coords = {"loop": ("content", loop), "layer": ("content", layer),
-              "loop_of_operation": ("operation", loop), "layer_of_operation": ("operation", layer)}
-    by_place = {name: coords[name] for name in ("loop", "layer")}
+    coords: dict[Hashable, Any] = {
+        "loop": ("content", loop), "layer": ("content", layer),
+        "loop_of_operation": ("operation", loop), "layer_of_operation": ("operation", layer)}
+    by_place: dict[Hashable, Any] = {name: coords[name] for name in ("loop", "layer")}
     kept = "mean over an example's scored positions"
     return xr.Dataset({
         "kl": measurement(kl, ("content", "operation", "example"), coords=coords, units="nat", source=SOURCE,

@@ -15,8 +15,6 @@ recalibrated for its own kind and number of loops on the other half of the examp
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
@@ -64,17 +62,17 @@ def gains(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, targets: Int[Tens
         repeated.append(torch.cat([run.operate(0, repeated[-1][some], some) for some in reader.chunks]))
     every = torch.arange(run.n_examples)
     end = n_loops
-    prefix = [reader(lambda k=k: (end, h[k])) for k in range(n_loops + 1)]
+    prefix = [reader(end, h[k]) for k in range(n_loops + 1)]
     stacks = {
         "prefix": [nll for nll, _ in prefix],
         "right": [right for _, right in prefix],
-        "repeat": [prefix[0][0], *(reader(lambda k=k: (end, repeated[k]))[0] for k in range(1, n_loops + 1))],
-        "suffix": [prefix[0][0], *(reader(lambda k=k: (n_loops - k, h[0]))[0] for k in range(1, n_loops)),
+        "repeat": [prefix[0][0], *(reader(end, repeated[k])[0] for k in range(1, n_loops + 1))],
+        "suffix": [prefix[0][0], *(reader(n_loops - k, h[0])[0] for k in range(1, n_loops)),
                    prefix[-1][0]],
-        "line": [reader(lambda k=k: (end, h[1] + (k - 1) * (h[2] - h[1])))[0] if k > 2 else
+        "line": [reader(end, h[1] + (k - 1) * (h[2] - h[1]))[0] if k > 2 else
                  torch.full_like(prefix[0][0], torch.nan) for k in range(n_loops + 1)],
     }
-    skip = [reader(lambda k=k: (k + 1, clocks.carry(h[k], k, k + 1, every)))[0] for k in range(n_loops)]
+    skip = [reader(k + 1, clocks.carry(h[k], k, k + 1, every))[0] for k in range(n_loops)]
     told = {"prefix": "NLL after some loops", "right": "answers that are right", "repeat": "NLL when loop 0 repeats",
             "suffix": "NLL of the last loops alone", "line": "NLL on the straight line"}
     dims = ("loops", "example", "pos")
@@ -111,9 +109,8 @@ class _Reader:
         self.truth = targets[scored].long().cpu()
         self.half = halves[:, None].expand_as(scored.cpu())[scored.cpu()]
 
-    def __call__(self, what: Callable[[], tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    def __call__(self, place: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """NLL and correctness [example, pos] when a state enters a place."""
-        place, state = what()
         logits = torch.cat([self.run.go_on(place, state[some], some)[self.scored[some]].float().cpu()
                             for some in self.chunks])
         if int(self.truth.max()) >= logits.shape[-1]:
