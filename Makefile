@@ -4,25 +4,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PORT ?= 8501
+ANTIBERTY := antiberty==0.1.3
 # For example PIP_ARGS="--extra-index-url https://…/whl/cpu" to take the CPU build of torch on Linux.
 PIP_ARGS ?=
 
-.PHONY: app test fast lint study bench clean
+.PHONY: app test fast specimens lint study bench clean
 
 app: $(STAMP)  ## open the explorer on the bundled models and results
 	$(BIN)/streamlit run app/main.py --server.port $(PORT)
 
 test: $(STAMP)  ## run every test, browser tests too (they need Chromium: see README)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not pretrained"
 
 fast: $(STAMP)  ## run the tests that take seconds
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not pretrained"
+
+specimens: $(STAMP)  ## download a pretrained model that nobody here made (97 MB), loop it, and run every probe on it
+	test -d runs/specimens/antiberty || { $(BIN)/python -m pip download --quiet --no-deps --dest runs/specimens $(ANTIBERTY) \
+	    && $(BIN)/python -m zipfile -e runs/specimens/antiberty-*.whl runs/specimens; }
+	$(BIN)/python -m pytest -m pretrained
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-study: $(STAMP)  ## ask the headline question of the bundled models again
+study: $(STAMP)  ## measure again what the loops of the bundled models have in common, and whether content advances
 	$(BIN)/python studies/rerun.py
 
 bench: $(STAMP)  ## speed and memory against the peers
@@ -37,4 +43,4 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $(STAMP)
 
 clean:  ## remove what was set up
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) *.egg-info build dist

@@ -20,9 +20,13 @@ from torch import Tensor
 
 from app.data import Checkpoint, load_entry
 from hooks import HookedLoopMDM
-from hooks.model.diffusion import DenoisingStep, SamplerConfig, sample
+from hooks.model.diffusion import DenoisingStep, SamplerConfig
+from hooks.model.sampling import record_sampling
+from hooks.recording import Recording
+from hooks.reducers import ChangeFromPrevious
+from hooks.sites import split
 from probes.attention import attention_summary, patterns
-from probes.geometry import classify_tokens, contraction, dynamics, fixed_point, trajectory_pca
+from probes.geometry import classify_tokens, dynamics, fixed_point, trajectory_pca
 from probes.lenses import LensKind, read_lens
 from probes.linear import probe_latent
 from probes.measurement import depth_coords, measurement
@@ -50,7 +54,7 @@ def lens_of(checkpoint: Checkpoint, noised: Rows, tokens: Rows, n_loops: int, t:
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def movement(checkpoint: Checkpoint, noised: Rows, n_loops: int, t: float, unit: bool) -> tuple[xr.Dataset, xr.Dataset]:
-    """(step sizes, angles, distance to the fixed point, contraction; PCA trajectories of the same states).
+    """(step sizes, angles, distance to the fixed point; PCA trajectories of the same states).
 
     With ``unit``, of states scaled to norm 1, X / ‖X‖: what changes there is direction alone. ``norm`` holds ‖X‖.
     """
@@ -63,7 +67,6 @@ def movement(checkpoint: Checkpoint, noised: Rows, n_loops: int, t: float, unit:
     if unit:
         residual, target = residual / norm, target / _norm(target)
     moves = dynamics(residual, topology, fixed_point=target)
-    moves["contraction"] = contraction(moves.distance_to_fixed_point)
     moves["last_step"] = measurement(target.last_step.values, ("layer", "batch", "pos"), units="1",
                                      long_name="relative step size at the fixed point",
                                      definition=f"‖X_k − X_(k−1)‖ / ‖X_(k−1)‖ at loop {FIXED_POINT_LOOPS - 1}, states "
@@ -121,10 +124,23 @@ def probes_of(checkpoint: Checkpoint, noised: Rows, tokens: Rows, n_loops: int, 
 
 @st.cache_data(max_entries=64, show_spinner="Denoising …")
 def trace_of(checkpoint: Checkpoint, noised: Rows, config: dict[str, Any], seed: int) -> list[dict[str, np.ndarray]]:
-    """The sampler's trace, a dictionary of arrays per step (see `DenoisingStep`); config: SamplerConfig's fields."""
+    """The sampler's trace, a dictionary of arrays per step (see `DenoisingStep`); config: SamplerConfig's fields.
+
+    ``change`` [loop]: how far each loop of the step moved the state after the looped layers, ‖X_k − X_(k−1)‖ /
+    ‖X_(k−1)‖ averaged over the positions that were still masked; NaN in the first loop.
+    """
     model, tokens = _ready(checkpoint, noised)
-    generator = torch.Generator(device=tokens.device).manual_seed(seed)
-    return [_plain(step) for step in sample(model, tokens, SamplerConfig(**config), generator=generator)]
+    after_loops, _ = split(model.site(model.topology(1).loop_depths()[0][-1], n_loops=1))
+    trace: list[dict[str, np.ndarray]] = []
+
+    def keep(step: DenoisingStep, rec: Recording) -> None:
+        masked = (step.before == model.mask_token_id).float()
+        change = rec.stack(after_loops)                          # [loop, batch, pos]
+        trace.append({**_plain(step), "change": ((change * masked).sum((1, 2)) / masked.sum()).cpu().numpy()})
+
+    record_sampling(model, tokens, SamplerConfig(**config), keep, names_filter=f"{after_loops}@*",
+                    reduce=ChangeFromPrevious(), generator=torch.Generator(device=tokens.device).manual_seed(seed))
+    return trace
 
 
 def _norm(states: xr.DataArray) -> xr.DataArray:

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import pandas as pd
 import streamlit as st
 
-from studies.results import RESULTS, Results, read_results
+from studies.results import FILES as RESULT_FILES
+from studies.results import RESULTS, Results, list_results, read_results
 from studies.tasks import Batch
-from studies.zoo import KINDS, ZOO, Entry, load, names, read_card
+from studies.zoo import KINDS, REMEDY, ZOO, Entry, Listing, Problem, listing, load, read_card, read_metrics
 
 N_EXAMPLES = 64
 """Held-out examples that the explorer offers."""
@@ -38,13 +39,6 @@ class Checkpoint(NamedTuple):
     dtype: str
 
 
-class Listing(NamedTuple):
-    """What a menu says about a checkpoint."""
-
-    checkpoint: Checkpoint
-    label: str
-
-
 def zoo_folder() -> Path:
     return Path(os.environ.get("LOOPSCOPE_ZOO", ZOO))
 
@@ -57,11 +51,15 @@ def runs_folder() -> Path:
     return Path(os.environ.get("LOOPSCOPE_RUNS", ZOO.parent / "runs"))
 
 
-def training_tables() -> dict[str, pd.DataFrame]:
-    """Training curves by name: of the zoo, and of runs that are not in it (or are being made again)."""
-    bundled = sorted(zoo_folder().glob("*/metrics.parquet"))
-    tables = {path.parent.name: _curve(str(path), _stamp(path)) for path in bundled}
-    return tables | {name: _curve(str(path), _stamp(path)) for name, path in _runs().items()}
+def training_tables() -> tuple[dict[str, pd.DataFrame], list[Problem]]:
+    """Training curves by name, and what could not be read.
+
+    Curves of the zoo, and of runs that are not in it (or are being made again).
+    """
+    files = {path.parent.name: path for path in sorted(zoo_folder().glob("*/metrics.parquet"))} | _runs()
+    read = {name: _curve(str(path), _stamp(path)) for name, path in files.items()}
+    tables = {name: table for name, (table, _) in read.items() if not table.empty}
+    return tables, [problem for _, problems in read.values() for problem in problems]
 
 
 def training_ages() -> dict[str, float]:
@@ -77,31 +75,74 @@ def _runs() -> dict[str, Path]:
 
 
 @st.cache_data(max_entries=256, show_spinner=False)
-def _curve(path: str, stamp: str) -> pd.DataFrame:
-    if path.endswith(".parquet"):
-        return pd.read_parquet(path)
-    whole = Path(path).read_text().rpartition("\n")[0]   # a line that is still being written is left for later
-    return pd.DataFrame([json.loads(line) for line in whole.splitlines()])
+def _curve(path: str, stamp: str) -> tuple[pd.DataFrame, list[Problem]]:
+    if path.endswith(".jsonl"):
+        return _run_so_far(Path(path))
+    try:
+        return read_metrics(Path(path).parent), []
+    except (FileNotFoundError, ValueError) as error:
+        return pd.DataFrame(), [Problem(Path(path), str(error).removeprefix(f"{path}: "))]
+
+
+def _run_so_far(file: Path) -> tuple[pd.DataFrame, list[Problem]]:
+    """The evaluations of a run that may be going; lines that hold none are left out, and the first of them is named."""
+    whole = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]   # the rest is still being written
+    rows, broken = [], {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            rows.append(_evaluation(line))
+        except ValueError as error:
+            broken[number] = str(error)
+    problems = []
+    if broken:
+        number = min(broken)
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        problems.append(Problem(file, f"line {number} is left out{more}: {broken[number]}."))
+    return pd.DataFrame(rows), problems
+
+
+def _evaluation(line: str) -> dict[str, float]:
+    """One line of metrics.jsonl. ValueError if it is not an evaluation."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    if not isinstance(row, dict) or not {"flops", "nelbo"} <= set(row) or not all(
+            isinstance(value, int | float) and not isinstance(value, bool) for value in row.values()):
+        raise ValueError("it is not an object of numbers with flops and nelbo")
+    return dict(row)
+
+
+def _listing() -> Listing:
+    """The zoo as it is now."""
+    return _listing_of(str(zoo_folder()), _stamp(*sorted(zoo_folder().glob("*/card.json"))))
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _listing_of(folder: str, stamp: str) -> Listing:
+    return listing(folder)
+
+
+def zoo_problems() -> list[Problem]:
+    """What is wrong with the entries that `checkpoints` leaves out."""
+    found = _listing()
+    weights = [zoo_folder() / name / "model.safetensors" for name in found.cards]
+    return [*found.problems, *(Problem(file, f"it is missing; {REMEDY}") for file in weights if not file.exists())]
 
 
 def checkpoints() -> dict[str, Checkpoint]:
-    """The zoo as it is now, LoopMDMs first; reads no weights."""
-    found = {}
-    for name in names(zoo_folder()):
+    """The whole entries of the zoo as it is now, LoopMDMs first; reads no weights."""
+    found, cards = {}, _listing().cards
+    for name in cards:
         path = zoo_folder() / name
         if (path / "model.safetensors").exists():
             found[name] = Checkpoint(str(path), _stamp(path / "model.safetensors", path / "card.json"),
                                      os.environ.get("LOOPSCOPE_DEVICE", "cpu"), "float32")
     kinds = list(KINDS)
-    return dict(sorted(found.items(), key=lambda item: (kinds.index(kind_of(item[1])), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (kinds.index(cards[item[0]]["kind"]), item[0])))
 
 
-def kind_of(checkpoint: Checkpoint) -> str:
-    """loop, twin or deep."""
-    return str(_card(checkpoint)["kind"])
-
-
-def describe(checkpoint: Checkpoint) -> str:
+def model_in_words(checkpoint: Checkpoint) -> str:
     """One line about a model: its kind, size and layers."""
     card = _card(checkpoint)
     top = card["topology"]
@@ -122,16 +163,21 @@ def examples(checkpoint: Checkpoint, n: int = N_EXAMPLES, seed: int = EXAMPLE_SE
     return load_entry(checkpoint).task.sample(n, seed=seed, split="test")
 
 
-def studies_run() -> list[str]:
-    """Names of the results folders that hold a verdict, those on the headline question first."""
-    found = (path.parent.name for path in results_folder().glob("*/verdict.json"))
-    return sorted(found, key=lambda name: (not name.startswith("rerun"), name))
+def studies_run() -> tuple[list[str], list[Problem]]:
+    """Names of the results folders that can be shown, those on the headline question first; problems of the others."""
+    files = sorted(file for name in RESULT_FILES for file in results_folder().glob(f"*/{name}"))
+    return _results_of(str(results_folder()), _stamp(*files))
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _results_of(folder: str, stamp: str) -> tuple[list[str], list[Problem]]:
+    return list_results(folder)
 
 
 def load_results(name: str) -> Results:
-    """One study's results. FileNotFoundError names the command that makes them."""
+    """One study's results. FileNotFoundError and ValueError name the file, and the command that makes it."""
     folder = results_folder() / name
-    files = [folder / file for file in ("verdict.json", "measurements.nc")]
+    files = [folder / file for file in RESULT_FILES]
     return _results(str(folder), _stamp(*(file for file in files if file.exists())))
 
 
@@ -150,4 +196,4 @@ def _read_card(path: str, stamp: str) -> dict:
 
 
 def _stamp(*files: Path) -> str:
-    return "|".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
+    return "|".join(f"{file.parent.name}-{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)

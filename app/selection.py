@@ -11,13 +11,14 @@ noise level t or by hand, cell by cell; a mask drawn by hand is a hexadecimal nu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import streamlit as st
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from app import data
+from app import data, show
 from app.data import Checkpoint
 from hooks.model.diffusion import T_MIN, corrupt
 from studies.tasks import Batch, Task
@@ -81,6 +82,7 @@ class Scene:
 def choose() -> Scene:
     """The sidebar's controls; stops the page with a message if the zoo is empty or damaged."""
     available = data.checkpoints()
+    show.problems(data.zoo_problems())
     if not available:
         st.error(f"No models in {data.zoo_folder()}. Train the bundled triplet with "
                  "`python studies/pretrain.py --preset automaton`, or point LOOPSCOPE_ZOO to a zoo.",
@@ -92,14 +94,14 @@ def choose() -> Scene:
                                  "*deep* twin has its mean compute.")
         checkpoint = available[name]
         entry = _loaded(checkpoint)
-        st.caption(data.describe(checkpoint))
+        st.caption(data.model_in_words(checkpoint))
         trained = entry.model.config.max_loops
         n_loops = st.slider("Loops S", 1, MAX_LOOPS, _default_loops(entry), key="loops", bind="query-params",
                             help="How often the mid layers run. Any number works, also beyond those of training.")
         if n_loops > trained:
             st.caption(f":orange[:material/trending_up:] beyond training, which had S ≤ {trained}"
                        if trained > 1 else ":orange[:material/info:] this model was trained with its layers run once")
-        batch = data.examples(checkpoint)
+        batch = _examples(checkpoint)
         example = int(st.number_input("Example", 0, len(batch.tokens) - 1, 0, key="example", bind="query-params",
                                       help=f"One of {len(batch.tokens)} examples held out from training."))
         masking = st.segmented_control("Mask", [BY_LEVEL, BY_HAND], default=BY_LEVEL, required=True, key="masking",
@@ -155,8 +157,20 @@ def _loaded(checkpoint: Checkpoint) -> Entry:
     try:
         return data.load_entry(checkpoint)
     except (FileNotFoundError, ValueError) as error:
-        st.error(f"This model cannot be loaded: {error}", icon=":material/broken_image:")
-        st.stop()
+        _refused(f"This model cannot be loaded: {error}")
+
+
+def _examples(checkpoint: Checkpoint) -> Batch:
+    try:
+        return data.examples(checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        _refused(f"The examples of this model's task cannot be made: {checkpoint.path}/card.json: {error}")
+
+
+def _refused(why: str) -> NoReturn:
+    """In the page, not in the sidebar, where another model can still be chosen."""
+    st.error(why, icon=":material/broken_image:")
+    st.stop()
 
 
 def _default_loops(entry: Entry) -> int:
@@ -166,8 +180,12 @@ def _default_loops(entry: Entry) -> int:
 def _to_its_loops() -> None:
     """Another model starts at the loops it was trained for."""
     checkpoint = data.checkpoints().get(st.session_state["model"])
-    if checkpoint is not None:
-        st.session_state["loops"] = _default_loops(_loaded(checkpoint))
+    if checkpoint is None:
+        return
+    try:
+        st.session_state["loops"] = _default_loops(data.load_entry(checkpoint))
+    except (FileNotFoundError, ValueError):   # the page says why
+        return
 
 
 def _from_level(batch: Batch, example: int, level: float, draw: int) -> Bool[Tensor, "pos"]:
@@ -198,5 +216,5 @@ def _drawn(free: Bool[Tensor, "pos"], start: Bool[Tensor, "pos"]) -> Bool[Tensor
     try:
         return decode_mask(text.strip().lower(), len(free)) & free
     except ValueError as error:
-        st.warning(f"That is no mask: {error} Showing the mask of the noise level.")
+        st.warning(f"This is not a mask: {error} Showing the mask of the noise level.")
         return start

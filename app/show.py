@@ -8,7 +8,7 @@ figure as a self-contained HTML page (PNG by the camera in its toolbar), its num
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,7 +16,11 @@ import plotly.graph_objects as go
 import streamlit as st
 import xarray as xr
 
+from studies.zoo import Problem
+
 Table = Callable[[], pd.DataFrame]
+MOST_PROBLEMS = 6
+"""Files named in one warning; the others are counted."""
 
 
 def figure(drawn: go.Figure, what: str, *, name: str, table: Table, title: str = "", alt: str = "") -> None:
@@ -27,6 +31,16 @@ def figure(drawn: go.Figure, what: str, *, name: str, table: Table, title: str =
     st.plotly_chart(drawn, theme=None, width="stretch", key=f"chart-{name}", config=config(name),
                     alt=alt or title or name)
     downloads(drawn, name=name, table=table)
+
+
+def problems(found: Sequence[Problem]) -> None:
+    """One warning that names every file that was left out, and why; nothing if there is none."""
+    if not found:
+        return
+    lines = [f"- `{problem.file}`: {problem.reason}" for problem in found[:MOST_PROBLEMS]]
+    if len(found) > MOST_PROBLEMS:
+        lines.append(f"- and {len(found) - MOST_PROBLEMS} more")
+    st.warning("Left out, because it cannot be read:\n\n" + "\n".join(lines), icon=":material/broken_image:")
 
 
 def downloads(drawn: go.Figure, *, name: str, table: Table) -> None:

@@ -83,8 +83,10 @@ class PlainLoopMDM(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(block, config) for block in source.blocks)
         self.ln_final = source.ln_final.weight
         self.unembed_weight, self.unembed_bias = source.unembed_weight, source.unembed_bias
-        for name in ("rotary_cos", "rotary_sin", "mask_bias"):
-            self.register_buffer(name, getattr(source, name), persistent=False)
+        rotary = source.rotary(config.max_seq_len)
+        assert rotary is not None
+        for name, value in zip(("rotary_cos", "rotary_sin", "mask_bias"), (*rotary, source.mask_bias), strict=True):
+            self.register_buffer(name, value, persistent=False)
 
     def forward(self, tokens: Tensor, n_loops: int) -> Tensor:
         config = self.config

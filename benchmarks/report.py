@@ -1,6 +1,6 @@
-"""The benchmark's tables, as Markdown: benchmarks/results.md and the README between two markers.
+"""The benchmark's tables, as Markdown: docs/benchmarks.md between two markers.
 
-    write(speed, times, memory, imports, root)
+    write(speed, times, memory, root)
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from benchmarks.memory import Kept, Peak
 from benchmarks.speed import Comparison
 from benchmarks.timing import Estimate, Times, compare, milliseconds
-
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+from hooks.writing import written_whole
+from studies.readme import between
 
 
 def comparison_table(lines: list[Comparison]) -> str:
@@ -70,28 +70,19 @@ def times_table(times: dict[str, Times]) -> str:
 
 
 def write(lines: list[Comparison], times: dict[str, Times], peaks: dict[tuple[int, Kept], Peak], root: Path) -> None:
-    """benchmarks/results.md, and the README's table where it has the markers."""
-    summary, processes = comparison_table(lines), len(next(iter(peaks.values())).resident_mb)
-    text = "\n\n".join([
-        "# What recording and editing cost",
+    """The tables of docs/benchmarks.md, between its markers."""
+    processes = len(next(iter(peaks.values())).resident_mb)
+    tables = "\n\n".join([
         "Written by `make bench`. Ratios are medians over alternating runs in one process, "
         "with 95% bootstrap intervals over rounds; times are processor time on one thread "
         f"({platform.machine()}, {platform.system()}, torch {torch.__version__}).",
-        summary, "## Memory", "One head, two looped and one tail layer of width 256, batch 32 × 128, resid_post of "
-        f"every layer and loop; resident size: median over {processes} processes of each kind.",
-        memory_table(peaks),
-        "## Times", times_table(times)])
-    (root / "benchmarks" / "results.md").write_text(text + "\n")
-    readme = root / "README.md"
-    if readme.exists():
-        readme.write_text(between_markers(readme.read_text(), summary))
-
-
-def between_markers(text: str, table: str) -> str:
-    """``text`` with ``table`` between the markers; unchanged if it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return f"{before}{begin}\n{table}\n{end}{after}" if begin and end else text
+        comparison_table(lines), "## Memory", "One head, two looped and one tail layer of width 256, batch 32 × 128, "
+        f"resid_post of every layer and loop; resident size: median over {processes} processes of each kind.",
+        memory_table(peaks), "## Times", times_table(times)])
+    page = root / "docs" / "benchmarks.md"
+    text = between(page.read_text(), "benchmarks", tables)
+    with written_whole(page) as temporary:
+        temporary.write_text(text)
 
 
 def _verdict(holds: bool | None) -> str:

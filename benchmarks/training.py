@@ -1,17 +1,17 @@
 """How fast training runs, against the rate at which this machine multiplies matrices.
 
-    python -m benchmarks.training             # some minutes on one core; writes benchmarks/training.md
+    python -m benchmarks.training             # some minutes on one core; writes docs/training_speed.md
 
-For each preset one optimiser step is timed as its recipe has it (bfloat16 products, compiled blocks, masked
-positions unembedded) and as plain PyTorch has it (float32, eager, the whole output, `hooks.model.diffusion.nelbo`), in
-alternating rounds. FLOPs are counted from the configuration (`studies.flops`); the matrix rate is the best that
-torch reaches on the products of that model's layers, in the same precision, on as many threads.
+For each preset one optimiser step is timed as its recipe has it (bfloat16 products and compiled blocks where the
+machine can, masked positions unembedded) and as plain PyTorch has it (float32, eager, the whole output,
+`hooks.model.diffusion.nelbo`), in alternating rounds. FLOPs are counted from the configuration
+(`studies.training.flops`); the matrix rate is the best that torch reaches on the products of that model's layers, in
+the same precision, on as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import tempfile
 import time
@@ -23,10 +23,12 @@ import torch
 
 from benchmarks.timing import Estimate, alternate, compare
 from hooks.model.diffusion import antithetic_t, corrupt, nelbo
-from studies.flops import training_flops
-from studies.presets import PRESETS
-from studies.training import TrainConfig, TrainingRun
-from studies.training_step import Share
+from hooks.writing import written_whole
+from studies.training.flops import training_flops
+from studies.training.machine import fastest
+from studies.training.presets import PRESETS
+from studies.training.run import TrainConfig, TrainingRun
+from studies.training.step import World
 
 SIZES = ("automaton", "sudoku6", "pointer", "text")
 N_LOOPS = 4
@@ -91,9 +93,9 @@ def measure(preset: str, *, rounds: int) -> Rate:
     """Time the preset's LoopMDM."""
     with tempfile.TemporaryDirectory() as folder:
         recipe: TrainConfig = PRESETS[preset].train_config("loop", 0, out=folder)
-        fast = fixed_loops(TrainingRun(recipe, Share()))
+        fast = fixed_loops(TrainingRun(recipe, World()))
         plain = fixed_loops(TrainingRun(PRESETS[preset].train_config("loop", 0, out=folder, precision="fp32",
-                                                                     compile=False), Share()))
+                                                                     compile=False), World()))
         times = alternate({"recipe": fast.step_once, "plain": plain_step(plain)}, rounds=rounds)
     positions = recipe.batch_size * recipe.task.seq_len
     flops = recipe.batch_size * training_flops(fast.model.config, seq_len=recipe.task.seq_len, n_loops=N_LOOPS)
@@ -110,9 +112,9 @@ def measure(preset: str, *, rounds: int) -> Rate:
                 compare(times, "plain", "recipe"))
 
 
-def table(rates: list[Rate]) -> str:
-    """Markdown, one row per preset."""
-    rows = ["| preset | width | positions per step | recipe: tokens/s | GFLOP/s | of the bfloat16 matrix rate | "
+def table(rates: list[Rate], products: str) -> str:
+    """Markdown, one row per preset; ``products`` is the precision of the recipe's."""
+    rows = [f"| preset | width | positions per step | recipe: tokens/s | GFLOP/s | of the {products} matrix rate | "
             "plain PyTorch: tokens/s | GFLOP/s | of the float32 matrix rate | plain ÷ recipe, time | data |",
             "|---" * 11 + "|"]
     for r in rates:
@@ -133,22 +135,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--presets", nargs="+", default=list(SIZES), choices=sorted(PRESETS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)   # two runs of one thread each are faster than one of two
-    rates = []
+    rates, recipe = [], fastest("cpu")
+    products = "bfloat16" if recipe.precision == "bf16" else "float32"
+    print(*recipe.notes, sep="\n", end="\n" if recipe.notes else "")
     for preset in options.presets:
         rates.append(measure(preset, rounds=options.rounds))
-        print(table(rates[-1:]).splitlines()[-1], flush=True)
+        print(table(rates[-1:], products).splitlines()[-1], flush=True)
     text = "\n\n".join([
         "# How fast training runs",
         f"Written by `python -m benchmarks.training`: one step of the LoopMDM at {N_LOOPS} loops, one thread "
         f"({platform.machine()}, torch {torch.__version__}), medians of processor time over {options.rounds} "
-        "alternating rounds. *Recipe*: bfloat16 products, compiled blocks, only masked positions unembedded. *Plain "
-        "PyTorch*: float32, eager, every position unembedded. *Matrix rate*: the best that torch reaches on the "
-        "products of the model's layers in that precision. *Data*: share of the recipe's step spent making examples.",
-        table(rates)])
-    target = Path(__file__).with_name("training.md")
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, target)
+        f"alternating rounds. *Recipe*: {products} products, {'compiled' if recipe.compile else 'uncompiled'} blocks, "
+        "only masked positions unembedded. *Plain PyTorch*: float32, eager, every position unembedded. *Matrix rate*: "
+        "the best that torch reaches on the products of the model's layers in that precision. *Data*: share of the "
+        "recipe's step spent making examples.", table(rates, products)])
+    with written_whole(Path(__file__).parents[1] / "docs" / "training_speed.md") as temporary:
+        temporary.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ What a model cannot give raises `Unavailable`, which names it and says how to ge
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,7 +29,8 @@ from hooks.sites import SitePattern, SiteSpace
 from hooks.topology import Topology
 
 Inputs = Any
-"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name."""
+"""What the model's forward takes: tokens [batch, pos], or a tuple or mapping of what it takes by place or by name.
+Padded sequences are a mapping of ``input_ids`` and ``attention_mask``: padding is never scored."""
 
 State = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch pos vocab"]
@@ -47,6 +48,7 @@ class Unavailable(ValueError):
     """Something that this model cannot give; the message names it and says how to get it, if it can be had."""
 
 
+@runtime_checkable
 class Context(Protocol):
     """What layers need in one run besides the state: positions, masks, conditioning, injected input. Opaque."""
 
@@ -56,6 +58,14 @@ class Context(Protocol):
 
     def rows(self, index: Int[Tensor, "row"]) -> Context:
         """The context of some of the examples, in this order; an example may be taken several times."""
+
+
+class Forward(NamedTuple):
+    """One forward: the state that enters each depth, with the last one after the last layer, and the answer."""
+
+    states: tuple[State, ...]
+    logits: Logits
+    context: Context
 
 
 class LoopedModel(ABC):
@@ -72,6 +82,11 @@ class LoopedModel(ABC):
     @abstractmethod
     def max_loops(self) -> int:
         """How many loops it runs unless told otherwise (the S_max of a LoopMDM)."""
+
+    @property
+    @abstractmethod
+    def mask_token_id(self) -> int | None:
+        """The token that stands for "to be predicted", or None where there is none or it is not known."""
 
     @abstractmethod
     def topology(self, n_loops: int | None = None) -> Topology:
@@ -145,13 +160,13 @@ class LoopedModel(ABC):
         """The answer when looping stops at ``state``: the tail, then `read` (the coda lens of 2507.02199)."""
         return self.resume(context.topology.depth - context.topology.n_tail, state, context)
 
-    def states(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Iterator[State]:
-        """The state before the first layer, then after each layer of the unrolled network, one after another."""
+    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Forward:
+        """One forward with the state before and after every layer."""
         state, context = self.enter(inputs, n_loops, t=t)
-        yield state
+        states = [state]
         for depth in range(context.topology.depth):
-            state = self.apply(depth, state, context)
-            yield state
+            states.append(self.apply(depth, states[-1], context))
+        return Forward(tuple(states), self.read(states[-1], context), context)
 
     # ---- what its answers are about
 
@@ -168,6 +183,11 @@ class LoopedModel(ABC):
         return [str(int(i)) for i in ids]
 
     # ---- inputs, which only a model knows how to cut
+
+    def real_positions(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
+        """Positions that are no padding, or None where there is none: the ``attention_mask`` of a mapping."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def batch_size(self, inputs: Inputs) -> int:
         """How many examples there are."""

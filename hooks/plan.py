@@ -14,18 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hooks.hook_points import LoopClock
 from hooks.sites import LoopAxes, Site, SiteSpace
 
-if TYPE_CHECKING:
-    from hooks.model.loopmdm import LoopMDM
-
-At = slice | Tensor | Sequence[int]
-"""Positions: a slice, indices, or booleans [pos] or [batch, pos]."""
+At = slice | Tensor | np.ndarray | Sequence[int] | int
+"""Positions: a slice, indices (none, if there are none), or booleans [pos] or [batch, pos]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,22 +39,39 @@ class Positions:
         axis = next((i for i, name in enumerate(axes) if name in ("pos", "query")), None)
         if axis is None or activation.ndim != len(axes):
             raise ValueError(f"an edit was limited to some positions, and an activation of shape "
-                             f"{tuple(activation.shape)} has no position axis: leave out `at`.")
+                             f"{tuple(activation.shape)} has no position axis that is known: leave out `at`, "
+                             "or give watch axes=.")
         batch, pos = activation.shape[0], activation.shape[axis]
-        at = torch.as_tensor(self.at, device=activation.device) if not isinstance(self.at, slice) else self.at
-        if isinstance(at, Tensor) and at.ndim == 2:
-            if at.dtype != torch.bool or at.shape != (batch, pos):
-                raise ValueError(f"positions given as two axes must be boolean and [batch, pos], here "
-                                 f"{[batch, pos]}, not {at.dtype} {list(at.shape)}.")
-            mask = at
-        else:
-            if isinstance(at, Tensor) and at.dtype == torch.bool and len(at) != pos:
-                raise ValueError(f"a boolean choice of positions needs one value for each of {pos}, not {len(at)}.")
-            mask = torch.zeros(1, pos, dtype=torch.bool, device=activation.device)
-            mask[:, at] = True
+        mask = self._chosen(batch, pos, activation.device)
         shape = [1] * activation.ndim
         shape[0], shape[axis] = mask.shape
         return (mask != self.inverse).view(shape)
+
+    def _chosen(self, batch: int, pos: int, device: torch.device) -> Tensor:
+        """Boolean [1 or batch, pos]. Raises ValueError for what does not choose among ``pos`` positions."""
+        mask = torch.zeros(1, pos, dtype=torch.bool, device=device)
+        if isinstance(self.at, slice):
+            mask[:, self.at] = True
+            return mask
+        at = torch.as_tensor(self.at)
+        if at.ndim == 2:
+            if at.dtype != torch.bool or at.shape != (batch, pos):
+                raise ValueError(f"positions given as two axes must be boolean and [batch, pos], here "
+                                 f"{[batch, pos]}, not {at.dtype} {list(at.shape)}.")
+            return at.to(device)
+        at = at.reshape(-1) if at.ndim < 2 else at
+        if not at.numel() and at.dtype != torch.bool:
+            return mask
+        if at.ndim > 1 or at.is_floating_point() or at.is_complex():
+            raise ValueError(f"`at` chooses positions by a slice, whole numbers or booleans, not by {self.at!r}.")
+        if at.dtype == torch.bool:
+            if len(at) != pos:
+                raise ValueError(f"a boolean choice of positions needs one value for each of {pos}, not {len(at)}.")
+            return at[None].to(device)
+        if int(at.min()) < -pos or int(at.max()) >= pos:
+            raise ValueError(f"`at` chooses the positions {at.tolist()}, and this run has {pos}: 0..{pos - 1}.")
+        mask[:, at.long().to(device)] = True
+        return mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +97,27 @@ Plan = tuple[Pass, ...]
 Replan = Callable[[Plan], Plan]
 
 
+@runtime_checkable
+class Loopable(Protocol):
+    """What a plan asks of a model: one pass of its mid layers, and the clock that its hook points look at."""
+
+    clock: LoopClock
+
+    def loop(self, x: Tensor, k: int, injected: Tensor, condition: Tensor | None = None, real: Tensor | None = None, *,
+             step: Pass | None = None) -> Tensor:
+        """The mid layers as ``step`` has them, as loop ``k``."""
+
+
 def straight(n_loops: int, layers: Sequence[int]) -> Plan:
     """The plan of an unedited forward."""
     return tuple(Pass(k, tuple(layers)) for k in range(n_loops))
 
 
-def run(model: LoopMDM, plan: Plan, x: Tensor, embedded: Tensor, condition: Tensor | None) -> Tensor:
+def run(model: Loopable, plan: Plan, x: Tensor, injected: Tensor, condition: Tensor | None,
+        real: Tensor | None = None) -> Tensor:
     """All passes of ``plan`` on the state ``x`` [batch, pos, d_model]."""
     for k, step in enumerate(plan):
-        x = _run_pass(model, step, k, x, embedded, condition)
+        x = _run_pass(model, step, k, x, injected, condition, real)
     return x
 
 
@@ -106,12 +134,13 @@ def _fires(name: str, step: Pass) -> bool:
     return int(parts[1]) in step.layers if parts[0] == "blocks" else bool(step.layers)
 
 
-def _run_pass(model: LoopMDM, step: Pass, k: int, x: Tensor, embedded: Tensor, condition: Tensor | None) -> Tensor:
-    out = model.loop(x, k, embedded, condition, step=step) if step.layers else x
+def _run_pass(model: Loopable, step: Pass, k: int, x: Tensor, injected: Tensor, condition: Tensor | None,
+              real: Tensor | None) -> Tensor:
+    out = model.loop(x, k, injected, condition, real, step=step) if step.layers else x
     for where, other in step.instead:
         muted, model.clock.muted = model.clock.muted, True
         try:
-            new = _run_pass(model, other, k, x, embedded, condition)
+            new = _run_pass(model, other, k, x, injected, condition, real)
         finally:
             model.clock.muted = muted
         out = torch.where(where.mask(out, ("batch", "pos", "d_model")), new, out)

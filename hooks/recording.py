@@ -12,7 +12,8 @@ model, and never answers "the last loop" by accident: a looped name needs a loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,8 @@ Reducer = Callable[[Tensor, str], Tensor]
 """A function of (activation, site) that runs inside the hook and returns what to keep; the site says the
 loop (``blocks.2.hook_resid_post@3``). One with a method ``dims`` also names its axes: see `hooks.reducers`."""
 
-Cut = slice | Tensor
-"""Which of an axis to keep: a slice, or a tensor of indices, or of booleans."""
+Cut = slice | Tensor | Sequence[int] | Sequence[bool]
+"""Which of an axis to keep: a slice, or indices, or booleans."""
 
 _AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("attn.hook_pattern", "attn.hook_attn_scores"), ("batch", "head", "query", "key")),
@@ -43,15 +44,26 @@ _AXES: dict[str, tuple[str, ...]] = {
 
 def axes_of(name: str) -> tuple[str, ...]:
     """Axis names of an unreduced activation: ``axes_of("blocks.0.attn.hook_q")`` ends in ``d_head``."""
+    return known_axes(name) or ("batch", "pos", "d_model")
+
+
+def known_axes(name: str) -> tuple[str, ...] | None:
+    """`axes_of` for the names whose axes are not those of a state."""
     parts = name.partition("@")[0].split(".")
-    return _AXES.get(".".join(parts[-2:])) or _AXES.get(parts[-1]) or ("batch", "pos", "d_model")
+    return _AXES.get(".".join(parts[-2:])) or _AXES.get(parts[-1])
 
 
-def positions(tokens: Tensor, mask_token_id: int, only: str) -> Tensor:
-    """The masked or the visible positions of ``tokens``, boolean [batch, pos]."""
+def axes_at(hook: Any) -> tuple[str, ...]:
+    """Axis names of what a hook function is given: those that the hook itself knows, or what its name implies."""
+    return getattr(hook, "axes", None) or axes_of(hook.name)
+
+
+def positions(tokens: Tensor, mask_token_id: int, only: str, *, real: Tensor | None = None) -> Tensor:
+    """The masked or the visible positions of ``tokens``, boolean [batch, pos], among the ``real`` ones if given."""
     if only not in ("masked", "visible"):
         raise ValueError(f"only must be 'masked' or 'visible', not {only!r}.")
-    return (tokens == mask_token_id) == (only == "masked")
+    chosen = (tokens == mask_token_id) == (only == "masked")
+    return chosen if real is None else chosen & real
 
 
 class Recorder:
@@ -66,7 +78,8 @@ class Recorder:
 
     def __init__(self, *, reduce: Reducer | None = None, pos: Cut | None = None, batch: Cut | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None):
-        self.reduce, self.pos, self.batch, self.dtype, self.device = reduce, pos, batch, dtype, device
+        self.reduce, self.dtype, self.device = reduce, dtype, device
+        self.pos, self.batch = chooser(pos), chooser(batch)
         self.plain = all(option is None for option in (reduce, pos, batch, dtype, device))
         self.held: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -80,7 +93,7 @@ class Recorder:
     def backward(self, gradient: Tensor, /, *, hook: Any) -> None:
         self.gradients[hook.site] = self._kept(gradient, hook)
 
-    def recording(self, names: Mapping[str, LoopAxes], topology: Topology | None = None) -> Recording:
+    def recording(self, names: Mapping[str, LoopAxes] | SiteSpace, topology: Topology | None = None) -> Recording:
         """What was held so far, as a `Recording` of ``names``; the recorder is empty afterwards."""
         attrs = {key: value for key in ("definition", "units") if (value := getattr(self.reduce, key, None))}
 
@@ -100,8 +113,7 @@ class Recorder:
             reset()
 
     def _kept(self, activation: Tensor, hook: Any) -> Tensor:
-        value, axes = activation.detach(), axes_of(hook.name)
-        value, axes = self._cut(value, axes)
+        value, axes = self._cut(activation.detach(), axes_at(hook), hook.site)
         reduce: Any = self.reduce
         if reduce is not None:
             if dims := getattr(reduce, "dims", None):
@@ -114,8 +126,11 @@ class Recorder:
         self.axes[hook.name] = axes
         return self._shelf.put(value.to(device=self.device, dtype=self.dtype))
 
-    def _cut(self, value: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
+    def _cut(self, value: Tensor, axes: tuple[str, ...], site: str) -> tuple[Tensor, tuple[str, ...]]:
         pos = self.pos
+        if "batch" not in axes and value.ndim and (self.batch is not None or pos is not None):
+            raise ValueError(f"{site} has shape {list(value.shape)}, and which of its axes is the batch is not "
+                             "known: give watch axes=, or record it whole.")
         if self.batch is not None and axes[:1] == ("batch",):
             value = value[self.batch]
             if isinstance(pos, Tensor) and pos.ndim == 2:
@@ -130,6 +145,14 @@ class Recorder:
                              f"{[value.shape[0], value.shape[axis]]}, not {pos.dtype} {list(pos.shape)}.")
         rest = tuple(name for i, name in enumerate(axes) if i not in (0, axis))
         return value.movedim(axis, 1)[pos], ("point", *rest)
+
+
+def chooser(cut: Cut | None) -> slice | Tensor | None:
+    """``cut`` as a slice or a tensor of indices or booleans."""
+    if cut is None or isinstance(cut, (slice, Tensor)):
+        return cut
+    chosen = torch.as_tensor(cut)
+    return chosen if chosen.numel() else chosen.long()  # an empty list chooses nothing
 
 
 class Shelf:
@@ -162,13 +185,17 @@ class Recording(Mapping[str, Tensor]):
     """Activations of one run by site. Keys are full site names, in firing order.
 
     ``gradients`` is a second recording with the gradients at the same sites, if they were asked for;
-    ``axes`` are the axis names of what was cut or reduced, by name, where they are known.
+    ``axes`` are the axis names of what was cut or reduced, by name, where they are known. ``absent`` are the sites of
+    hooks and edits that this run did not reach, where that depends on the data; ``left_out`` says of names that were
+    found by a wildcard why they could not be recorded.
     """
 
-    def __init__(self, held: Mapping[str, Tensor], names: Mapping[str, LoopAxes], *,
+    def __init__(self, held: Mapping[str, Tensor], names: Mapping[str, LoopAxes] | SiteSpace, *,
                  topology: Topology | None = None, gradients: Recording | None = None, reduced: bool = False,
                  axes: Mapping[str, tuple[str, ...]] | None = None, attrs: Mapping[str, str] | None = None):
-        self.space = SiteSpace(names)
+        self.space = names if isinstance(names, SiteSpace) else SiteSpace(names)
+        self.absent: tuple[str, ...] = ()
+        self.left_out: dict[str, str] = {}
         self.topology = topology
         self.gradients = gradients
         self.reduced = reduced
@@ -190,31 +217,42 @@ class Recording(Mapping[str, Tensor]):
         """The activation at one site. A looped name needs its loop (``@3``, ``@-1``)."""
         if site in self._held:
             return self._held[site]
+        if reason := self.left_out.get(site.partition("@")[0]):
+            raise SiteError(reason)
         return self._at(self.space.one(site))
 
     def stack(self, name: str) -> Tensor:
-        """All loops of a looped name: [loop, …], or [h, l, …] in nested cycles.
+        """All loops of a looped name that ran: [loop, …], or [h, l, …] in nested cycles.
 
-        Raises SiteError if the name is not looped, or if some of its loops were not recorded.
+        Raises SiteError if the name is not looped, if some of its loops were not recorded, or if some of its nested
+        cycles did not run.
         """
-        if name not in self.space.names:
-            self.space.resolve(name)  # an unknown name, or a glob: the error says which names there are
-            raise SiteError(f"{name!r} is a pattern; stack() takes one name, such as {next(iter(self.space.names))!r}.")
+        name = self._name(name)
         axes = self.space.names[name]
         if not axes:
             raise SiteError(f"{name} runs once and has no loops to stack: use rec[{name!r}].")
-        stacked = torch.stack([self._at(site) for site in self.space.firings(name)])
-        return stacked.view(*(n for _, n in axes), *stacked.shape[1:])
+        firings = self.space.firings(name)
+        stacked = torch.stack([self._at(site) for site in firings])
+        if len(axes) == 1:
+            return stacked
+        counts = [n for _, n in axes]
+        if len(firings) != math.prod(counts):
+            raise SiteError(f"{name} ran in {len(firings)} of {' × '.join(map(str, counts))} cycles, which are no "
+                            "block to be stacked: look them up one by one.")
+        return stacked.view(*counts, *stacked.shape[1:])
 
     def to_xarray(self, name: str) -> xarray.DataArray:
-        """One name, with axis names and, where it is looped, a ``loop`` axis."""
+        """One name, with axis names and, where it is looped, a ``loop`` axis, numbered if some loops are absent."""
         import xarray
 
-        looped = bool(self.space.names.get(name))
-        value = self.stack(name) if looped else self[name]
-        loops = tuple(letter or "loop" for letter, _ in self.space.names[name])
+        name = self._name(name)
+        axes = self.space.names[name]
+        value = self.stack(name) if axes else self[name]
+        loops = tuple(letter or "loop" for letter, _ in axes)
+        ran = [site.loop[0] for site in self.space.firings(name)] if len(axes) == 1 else []
         return xarray.DataArray(
             _numpy(value), dims=loops + self._dims(name, value.ndim - len(loops)), name=name,
+            coords={loops[0]: ran} if ran and len(ran) < axes[0][1] else None,
             attrs={"long_name": name, "units": "1", "definition": f"activation at {name}", **self.attrs})
 
     def residual_stream(self, hook: str = "hook_resid_post") -> xarray.DataArray:
@@ -244,6 +282,16 @@ class Recording(Mapping[str, Tensor]):
 
     # ------------------------------------------------------------------ private
 
+    def _name(self, name: str) -> str:
+        """The name that ``name`` is, or is an alias of."""
+        if reason := self.left_out.get(name):
+            raise SiteError(reason)
+        known = self.space.aliases.get(name, name)
+        if known not in self.space.names:
+            self.space.resolve(name)  # an unknown name, or a glob: the error says which names there are
+            raise SiteError(f"{name!r} is a pattern; stack() takes one name, such as {next(iter(self.space.names))!r}.")
+        return known
+
     def _dims(self, name: str, ndim: int) -> tuple[str, ...]:
         """Axis names of a held value; numbered ones where a reducer did not name its own."""
         dims = self.axes.get(name) or (() if self.reduced else axes_of(name))
@@ -253,7 +301,7 @@ class Recording(Mapping[str, Tensor]):
         try:
             return self._held[str(site)]
         except KeyError:
-            held = [key for key in self._held if key.startswith(f"{site.name}@")]
+            held = [key for key in self._held if key.partition("@")[0] == site.name]
             raise SiteError(f"{site} was not recorded in this run; of {site.name} there are "
                             f"{', '.join(held) or 'none'}. Add it to names_filter.") from None
 

@@ -6,8 +6,8 @@ so that a recording of reductions is as well labelled as one of activations.
 
     _, rec = model.run_with_cache(tokens, n_loops=24, reduce=Mean("pos"), names_filter="blocks.*.hook_resid_post")
     rec.to_xarray("blocks.2.hook_resid_post")                  # loop × batch × d_model
-    reduce=Entropy(), names_filter="blocks.*.attn.hook_pattern"       # loop × batch × head × query
-    reduce=Reduced(lambda x, site: x.amax((1, 2)), dims=("batch",), definition="largest coordinate")
+    model.run_with_cache(tokens, reduce=Entropy(), names_filter="blocks.*.attn.hook_pattern")    # batch × head × query
+    largest = Reduced(lambda x, site: x.amax((1, 2)), dims=("batch",), definition="largest coordinate")
 """
 
 from __future__ import annotations
@@ -162,8 +162,9 @@ class Entropy(_OverAxis):
         super().__init__("key")
 
     def reduced(self, activation: Tensor, site: str, axes: Axes) -> Tensor:
-        if not split(site)[0].endswith("hook_pattern"):
-            raise ValueError(f"Entropy reads distributions, and {site} holds none: name '*.attn.hook_pattern'.")
+        if "key" not in axes or split(site)[0].endswith("hook_attn_scores"):
+            raise ValueError(f"Entropy reads distributions, and {site} holds none: name '**.attn.hook_pattern', or the "
+                             "attention weights that a module returns ('**.attn.hook_out.1').")
         return torch.special.entr(activation).sum(self._index(axes, site))
 
 

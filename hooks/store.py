@@ -5,7 +5,7 @@ It is written under a temporary name beside its place and renamed when it is who
 that can be opened is complete.
 
     with RecordingWriter("run.zarr", axis="step") as out:
-        record_sampling(model, prompt, config, lambda step, rec: out.append(rec, t=step.t), names_filter=...)
+        record_sampling(model, prompt, config, lambda step, rec: out.append(rec, t=step.t), names_filter="blocks.**@*")
     rec = open_recording("run.zarr")            # nothing is read yet
     rec.dataset                                 # xarray: step × loop × batch × pos × d_model
     rec.at(step=3)["blocks.2.hook_resid_post@1"]            # read now, as a tensor
@@ -107,7 +107,8 @@ class RecordingWriter:
                                  "store at the same loops.")
             if len(sites) == len(recording.space.firings(name)):
                 loops = {letter or "loop": range(count) for letter, count in axes}
-                arrays[name] = recording.to_xarray(name).assign_coords(loops)
+                array = recording.to_xarray(name)
+                arrays[name] = array if "loop" in array.coords else array.assign_coords(loops)
                 continue
             if len(axes) > 1:
                 raise ValueError(f"{name} is nested and was recorded in part: record all its loops to store it.")

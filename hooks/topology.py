@@ -15,7 +15,7 @@ from functools import cached_property
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """One layer of the head, of a loop, or of the tail.
 
     ``layer`` numbers physical layers: where a loop runs one layer twice (nested cycles) two places share it.
@@ -32,14 +32,16 @@ class Topology:
     """Which layers are looped, and how often in this run.
 
     ``n_head``, ``n_mid`` and ``n_tail`` count the places before, in and after the loop. ``places`` names them in
-    that order; by default they are ``blocks.0``, ``blocks.1`` … of a LoopMDM.
+    that order; by default they are ``blocks.0``, ``blocks.1`` … of a LoopMDM. ``aliases`` are pairs of a LoopMDM's
+    name of a hook and the model's own: ("hook_resid_post", "hook_out").
     """
 
     n_head: int
     n_mid: int
     n_tail: int
     n_loops: int
-    places: tuple[Place, ...] = ()
+    places: tuple[LayerPlace, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.places and len(self.places) != self.n_layers:
@@ -76,16 +78,16 @@ class Topology:
     def site_at(self, depth: int, hook: str = "hook_resid_post") -> str:
         """The site of ``hook`` at an unrolled depth: ``site_at(3) == "blocks.1.hook_resid_post@1"``."""
         index, loop = self._order[depth]
-        place = self._place(index)
+        place, hook = self._place(index), dict(self.aliases).get(hook, hook)
         at = place.at.format(k=loop)
         return f"{place.name}.{hook}@{at}" if at else f"{place.name}.{hook}"
 
     # ------------------------------------------------------------------ private
 
-    def _place(self, index: int) -> Place:
+    def _place(self, index: int) -> LayerPlace:
         if self.places:
             return self.places[index]
-        return Place(f"blocks.{index}", index, "{k}" if self.n_head <= index < self.n_head + self.n_mid else "")
+        return LayerPlace(f"blocks.{index}", index, "{k}" if self.n_head <= index < self.n_head + self.n_mid else "")
 
     @cached_property
     def _order(self) -> list[tuple[int, int | None]]:

@@ -3,7 +3,7 @@
 An answer that was read from an unusual state (a run cut short, a loop left out or exchanged) may be wrongly sure of
 itself, or wrongly unsure; neither is information. It is therefore read as softmax(a · logits + b · log prior) with
 a ≥ 0 and b fitted on the other half of the examples: temperature scaling (1706.04599) that can fall back on the
-answers' frequencies. An answer that tells nothing then costs what the frequencies cost, however sure it was.
+frequencies of the answers. An answer that tells nothing then costs what the frequencies cost, however sure it was.
 
     nll = calibrated(logits, torch.nn.functional.one_hot(targets, n_classes).float(), half)
 """

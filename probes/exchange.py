@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ FOLDS = 8
 ROWS = 256
 """Examples that one forward of the continuations may hold."""
 
+@runtime_checkable
 class Frame(Protocol):
     """How the content of one place is written at another, for the examples ``rows`` of the batch."""
 

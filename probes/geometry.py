@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from jaxtyping import Shaped
 
-from hooks import HookedLoopMDM, Topology
+from hooks import Topology
+from hooks.contract import Inputs, Levels, LoopedModel
 from probes.measurement import measurement
 
 LOOP_STEPS = "arXiv 2509.23314"
@@ -68,8 +68,7 @@ def dynamics(residual: xr.DataArray, topology: Topology, *, fixed_point: xr.Data
 
 
 @torch.no_grad()
-def fixed_point(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], *, n_loops: int = 128,
-                t: Float[Tensor, "batch"] | float | None = None) -> xr.DataArray:
+def fixed_point(model: LoopedModel, inputs: Inputs, *, n_loops: int = 128, t: Levels = None) -> xr.DataArray:
     """X*: the state after each looped layer once ``n_loops`` loops have run, layer × batch × pos × d_model.
 
     Whether it is a fixed point at all is for the reader to see: the coordinate ``last_step`` [layer, batch, pos]
@@ -77,16 +76,15 @@ def fixed_point(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], *, n_loo
     """
     if n_loops < 2:
         raise ValueError(f"n_loops must be at least 2 to see whether the state still moves, not {n_loops}.")
-    topology = model.config.topology(n_loops)
-    layers = [layer for layer in range(topology.n_layers) if topology.is_looped(layer)]
-    _, rec = model.run_with_cache(noised, n_loops, t=t,
-                                  names_filter=[f"blocks.{layer}.hook_resid_post@-2:" for layer in layers])
-    before, last = (torch.stack([rec[f"blocks.{layer}.hook_resid_post@{k}"] for layer in layers]).float()
-                    for k in (-2, -1))
+    topology = model.topology(n_loops)
+    sites = [[model.site(depth, n_loops=n_loops) for depth in loop] for loop in topology.loop_depths()[-2:]]
+    _, rec = model.run_with_cache(inputs, n_loops, t=t, names_filter=[site for loop in sites for site in loop])
+    before, last = (torch.stack([rec[site] for site in loop]).float() for loop in sites)
     last_step = ((last - before).norm(dim=-1) / before.norm(dim=-1)).cpu().numpy()
     return measurement(last, ("layer", "batch", "pos", "d_model"), long_name="fixed point of the residual stream",
                        units="1", definition=f"X* = X after {n_loops} loops", source=FIXED_POINTS,
-                       coords={"layer": layers, "last_step": (("layer", "batch", "pos"), last_step)})
+                       coords={"layer": topology.n_head + np.arange(topology.n_mid),
+                               "last_step": (("layer", "batch", "pos"), last_step)})
 
 
 def contraction(distance: xr.DataArray, *, floor: float = DISTANCE_FLOOR) -> xr.DataArray:

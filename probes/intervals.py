@@ -12,10 +12,12 @@ number of a report, so that numbers which belong together are resampled together
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+import xarray as xr
+from jaxtyping import Float, Int, Shaped
 
 LEVEL = 0.95
 """Coverage of every interval."""
@@ -39,6 +41,31 @@ class Interval:
     def above(self, other: Interval | float) -> bool:
         """Does the whole interval lie above a number, or above another whole interval?"""
         return self.low > (other.high if isinstance(other, Interval) else other)
+
+
+@dataclass(frozen=True)
+class Spread(Interval):
+    """One number of each of several models: ``value`` is their mean, ``low`` and ``high`` the least and greatest."""
+
+    each: tuple[float, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, each: Sequence[float]) -> Spread:
+        return cls(float(np.mean(each)), min(each), max(each), tuple(each))
+
+
+class NotDefinedError(ValueError):
+    """A statistic has no value here. The message is the reason, worded to follow "not defined because …"."""
+
+
+@dataclass(frozen=True)
+class NotDefined:
+    """In place of an interval: there is no value, and why."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not defined because {self.reason}"
 
 
 def interval(value: float, draws: Float[np.ndarray, "resample"]) -> Interval:
@@ -82,19 +109,34 @@ class Resampling:
         return [np.repeat(np.arange(len(row)), row.astype(int)) for row in self.counts]
 
 
-def bootstrap(statistic: Callable[..., float], *samples: Float[np.ndarray, "example ..."], seed: int = 0,
-              n_resamples: int = 500, sizes: Sequence[int] = ()) -> Interval:
+def bootstrap(statistic: Callable[..., float], *samples: Shaped[np.ndarray, "example ..."] | xr.DataArray,
+              seed: int = 0, n_resamples: int = 500, sizes: Sequence[int] = ()) -> Interval:
     """Percentile interval of ``statistic(*samples)``; all samples are resampled by the same draws.
 
     The first axis of every sample is the example; ``sizes`` says how many belong to each training seed.
+    Raises NotDefinedError if the statistic raises it, or is not a finite number, for the examples as they are or for
+    more than half of the draws; fewer such draws are left out.
     """
     n = len(samples[0])
     if any(len(sample) != n for sample in samples) or (sizes and sum(sizes) != n):
         raise ValueError(f"samples have {[len(sample) for sample in samples]} examples and seeds {tuple(sizes)}: "
                          "they must be the same examples, in the same order.")
-    draws = [statistic(*(sample[picked] for sample in samples))
-             for picked in Resampling(sizes or (n,), n_resamples=n_resamples, seed=seed).indices()]
-    return interval(statistic(*samples), np.array(draws))
+    value, draws, reason = _finite(statistic, samples), [], ""
+    for picked in Resampling(sizes or (n,), n_resamples=n_resamples, seed=seed).indices():
+        try:
+            draws.append(_finite(statistic, tuple(sample[picked] for sample in samples)))
+        except NotDefinedError as error:
+            reason = str(error)
+    if len(draws) < n_resamples / 2:
+        raise NotDefinedError(f"in most resamples of the examples {reason}")
+    return interval(value, np.array(draws))
+
+
+def _finite(statistic: Callable[..., float], samples: tuple[Any, ...]) -> float:
+    value = float(statistic(*samples))
+    if not np.isfinite(value):
+        raise NotDefinedError("it is not a finite number for some example")
+    return value
 
 
 # ------------------------------------------------------------------------ tests

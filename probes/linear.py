@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks import HookedLoopMDM
+from hooks.contract import Inputs, Levels, LoopedModel
 from probes.measurement import depth_coords, measurement
 
 RIDGE = "ridge regression on one-vs-rest targets ±1 with an intercept; the class of the largest score is predicted"
@@ -71,11 +71,11 @@ def ridge_probes(features: Float[Tensor, "site example d_model"], labels: Int[Te
 
 
 @torch.no_grad()
-def probe_latent(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], labels: Int[Tensor, "batch pos"],
-                 n_classes: int, *, n_loops: int, groups: Int[Tensor, "pos"],
+def probe_latent(model: LoopedModel, inputs: Inputs, labels: Int[Tensor, "batch pos"],
+                 n_classes: int, *, n_loops: int | None = None, groups: Int[Tensor, "pos"],
                  control_types: Int[Tensor, "batch pos"] | None = None, hook: str = "hook_resid_post",
                  test_fraction: float = 0.25, seed: int = 0, ridge: float = 1.0,
-                 t: Float[Tensor, "batch"] | float | None = None) -> xr.Dataset:
+                 t: Levels = None) -> xr.Dataset:
     """How well a latent can be read at each depth, in each group of positions; over (depth, group).
 
     One probe per depth and group, shared by the group's positions. ``labels`` are classes, −1 where the latent is
@@ -93,26 +93,28 @@ def probe_latent(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], labels:
 
     Raises SiteError for a hook that blocks do not have, ValueError for shapes that do not fit or an empty group.
     """
-    if labels.shape != noised.shape or groups.shape != noised.shape[1:]:
-        raise ValueError(f"labels must be [batch, pos] = {tuple(noised.shape)} and groups [pos], not "
+    if labels.ndim != 2 or len(labels) != model.batch_size(inputs) or groups.shape != labels.shape[1:]:
+        raise ValueError(f"labels must be [batch, pos] with {model.batch_size(inputs)} examples and groups [pos], not "
                          f"{tuple(labels.shape)} and {tuple(groups.shape)}.")
-    if control_types is not None and control_types.shape != noised.shape:
-        raise ValueError(f"control_types must be [batch, pos] = {tuple(noised.shape)}, "
+    if control_types is not None and control_types.shape != labels.shape:
+        raise ValueError(f"control_types must be [batch, pos] = {tuple(labels.shape)}, "
                          f"not {tuple(control_types.shape)}.")
     groups, labels = groups.cpu(), labels.cpu()
-    types = torch.arange(noised.shape[1]).expand(noised.shape) if control_types is None else control_types.cpu()
+    types = torch.arange(labels.shape[1]).expand(labels.shape) if control_types is None else control_types.cpu()
     _checked_labels(labels, n_classes)
     generator = torch.Generator().manual_seed(seed)
-    held_out = _held_out(len(noised), test_fraction, generator)
-    topology = model.config.topology(n_loops)
-    _, rec = model.run_with_cache(noised, n_loops, names_filter=f"blocks.*.{hook}", t=t)
+    held_out = _held_out(len(labels), test_fraction, generator)
+    topology = model.topology(n_loops)
     sites = [topology.site_at(depth, hook) for depth in range(topology.depth)]
+    _, rec = model.run_with_cache(inputs, n_loops, names_filter=sites, t=t)
+    if rec[sites[0]].shape[:2] != labels.shape:
+        raise ValueError(f"labels must be [batch, pos] = {tuple(rec[sites[0]].shape[:2])}, not {tuple(labels.shape)}.")
     weights = _bootstrap_weights(int(held_out.sum()), generator)
     columns: list[dict[str, Tensor]] = []
     numbers = [int(group) for group in groups.unique() if group >= 0]
     for group in numbers:
         positions = (groups == group).nonzero()[:, 0]
-        features = torch.stack([rec[site][:, positions.to(noised.device)].flatten(2) for site in sites]).cpu()
+        features = torch.stack([rec[site][:, positions.to(rec[site].device)].flatten(2) for site in sites]).cpu()
         control = _control_labels(types[:, positions], n_classes, generator)
         try:
             columns.append(_probe_group(features, labels[:, positions], control, n_classes, held_out, ridge, weights))
@@ -139,7 +141,7 @@ def probe_latent(model: HookedLoopMDM, noised: Int[Tensor, "batch pos"], labels:
     variables["n_test"] = measurement(torch.stack([column["n_test"] for column in columns]), ("group",),
                                       long_name="labelled positions held out", units="1", source=SOURCE,
                                       definition="count over held-out examples", coords={"group": numbers})
-    return xr.Dataset(variables, attrs={"n_loops": n_loops, "hook": hook, "ridge": ridge, "seed": seed,
+    return xr.Dataset(variables, attrs={"n_loops": topology.n_loops, "hook": hook, "ridge": ridge, "seed": seed,
                                         "n_train_examples": int((~held_out).sum()),
                                         "n_test_examples": int(held_out.sum()), "n_classes": n_classes})
 

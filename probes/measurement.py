@@ -4,7 +4,7 @@ No bare array crosses a module's border: every probe returns xarray objects made
 that a figure can label itself and a reader can check what was measured.
 
     array = measurement(values, ("depth", "pos"), long_name="step size", units="1",
-                        definition="‖X_k − X_(k−1)‖ / ‖X_(k−1)‖", source="arXiv 2509.23314", coords={...})
+                        definition="‖X_k − X_(k−1)‖ / ‖X_(k−1)‖", source="arXiv 2509.23314", coords={"depth": [1, 2]})
 """
 
 from __future__ import annotations

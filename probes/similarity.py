@@ -34,7 +34,7 @@ def linear_cka(x: Float[Tensor, "example d_x"], y: Float[Tensor, "example d_y"],
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [example, d] with the same examples, not {tuple(x.shape)} and "
                          f"{tuple(y.shape)}.")
-    a, b = (v.detach().cpu().numpy()[None] for v in (x, y))
+    a, b = (v.detach().cpu().double().numpy()[None] for v in (x, y))
     return _described(_cka(a, b, unbiased).reshape(()), (), unbiased, {})
 
 

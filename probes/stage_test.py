@@ -44,7 +44,7 @@ from probes.cycles import Cycle, own_loops, pseudo_loops
 from probes.exchange import Trajectory, checked_roles, exchange, group_of, tau
 from probes.gains import check_targets, gains
 from probes.stage_rule import Evidence, Exchanges, Finding, Layers, Regime, judge
-from probes.stage_text import describe
+from probes.stage_text import report_text
 from probes.thresholds import THRESHOLDS, Thresholds
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def stage_test(model: LoopedModel | Sequence[LoopedModel], inputs: Inputs, *, ta
         regime=regime, basis=findings[0].basis, letters=findings[0].letters, tau=_mean_tau(first, "loops"),
         aligned=_mean_tau(first, "aligned") if report[0].aligned is not None else None,
         stages=_mean_tau(first, "layers"), gains=_mean_gains(first), findings=tuple(findings),
-        text=describe(findings, regime=regime, n_seeds=len(models), n_examples=n, thresholds=thresholds, twin=other),
+        text=report_text(findings, regime=regime, n_seeds=len(models), n_examples=n, thresholds=thresholds, twin=other),
         thresholds=thresholds, n_seeds=len(models), n_examples=n, twin=other)
 
 

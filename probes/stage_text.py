@@ -1,12 +1,12 @@
 """A verdict of the stage test in sentences, each made from a decision and its numbers.
 
-    describe(findings, regime="iterating", n_seeds=1, n_examples=64, thresholds=THRESHOLDS, twin=None)
+    report_text(findings, regime="iterating", n_seeds=1, n_examples=64, thresholds=THRESHOLDS, twin=None)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from probes.intervals import Interval
 from probes.stage_rule import Finding, Regime
@@ -24,6 +24,7 @@ HEADLINES: dict[Regime, str] = {
 """What each regime says; "in a drifting basis" is added where it was found there."""
 
 
+@runtime_checkable
 class Told(Protocol):
     """What of a twin's verdict is quoted."""
 
@@ -34,7 +35,7 @@ class Told(Protocol):
     def findings(self) -> tuple[Finding, ...]: ...
 
 
-def describe(findings: Sequence[Finding], *, regime: Regime, n_seeds: int, n_examples: int, thresholds: Thresholds,
+def report_text(findings: Sequence[Finding], *, regime: Regime, n_seeds: int, n_examples: int, thresholds: Thresholds,
              twin: Told | None) -> str:
     """The sentences of a report, a paragraph per finding."""
     main = findings[0]

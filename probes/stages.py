@@ -1,6 +1,6 @@
-"""The stage test: does a looped model re-run the same operation, and does the content advance?
+"""What is alike from loop to loop: what a layer does, where its attention goes, and what can be read out.
 
-Two questions that are easily confused (2604.11791 asks the first):
+Two questions about a looped model that are easily confused (2604.11791 asks the first):
 
 - **operation**: is what a layer *does* in one loop what it does in the next? Read off attention
   patterns (the same layer across loops against different layers) and off a signature of each
@@ -10,14 +10,20 @@ Two questions that are easily confused (2604.11791 asks the first):
 The control for both is an unlooped network of the same depth, cut into pseudo-loops. Everything
 here keeps an ``example`` axis, so that intervals come from resampling examples.
 
+Pattern distances describe; they decide nothing: shared weights make the same layer alike in all loops whether or
+not anything was learned. A statistic that has no value (one looped layer leaves no other layer to compare with;
+uniform attention differs nowhere) raises NotDefinedError with the reason.
+
     cycle = own_loops(model.topology(4))
-    gram = pattern_gram(model, noised, cycle)
-    within, between = repeat_distances(gram)                 # each [example]
+    distances = head_distances(pattern_gram(model, noised, cycle))
+    same, other = same_layer_distance(distances), other_layer_distance(distances)     # each [example]
+    distance_ratio(same.mean(), other.mean())
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +34,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooks import HookedLoopMDM, LoopMDMConfig
+from hooks import LoopMDMConfig
+from hooks.contract import Inputs, Levels, LoopedModel
+from hooks.edits import patch
+from probes.attention import PATTERN_METRIC, pattern_at, pattern_metric
+from probes.batching import in_chunks
 from probes.cycles import Cycle
+from probes.intervals import NotDefinedError
 from probes.measurement import measurement
 
 FEATURES = {
@@ -45,6 +56,12 @@ FEATURES = {
 }
 """What a layer's signature is made of: long name and definition of each number."""
 
+PATTERN_ROUNDING = 1e-3
+"""Distances of attention patterns below this are float32 rounding (d² is good to about 1e-6), and count as 0."""
+
+FEATURE_ROUNDING = 1e-5
+"""A feature of the signature whose standard deviation is below this does not vary: float32 rounding."""
+
 
 def whole(config: LoopMDMConfig) -> Cycle:
     """All layers of a model run with one loop, as one cycle."""
@@ -54,35 +71,41 @@ def whole(config: LoopMDMConfig) -> Cycle:
 # ------------------------------------------------------------------ signatures
 
 @torch.no_grad()
-def signature(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], targets: Int[Tensor, "example pos"],
-              cycle: Cycle, *, t: float | None = None, chunk: int = 64) -> xr.DataArray:
+def signature(model: LoopedModel, inputs: Inputs, targets: Int[Tensor, "example pos"], cycle: Cycle, *,
+              t: Levels = None, chunk: int = 64) -> xr.DataArray:
     """What each layer does, in numbers: example × loop × layer × feature (see `FEATURES`).
 
-    Every number is a mean over one example's masked (or visible) positions; NaN where there are none.
+    Every number is a mean over one example's scored positions, the masked ones of a masked model, or over the others;
+    NaN where there are none. ``targets`` hold the answers at scored positions, −1 where there is none.
+    Raises `hooks.Unavailable` where the model does not give one of the places or patterns.
     """
-    hooks = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_pattern")
-    sites = {hook: cycle.sites(hook) for hook in hooks}
+    n_loops, depths = cycle.topology.n_loops, [depth for loop in cycle.depths for depth in loop]
+    places = [[*(model.site(depth, kind, n_loops=n_loops) for kind in ("resid_pre", "attn_out", "mlp_out",
+                                                                      "resid_post")),
+               model.attention(depth, n_loops=n_loops)] for depth in depths]
     parts = []
-    for start in range(0, len(noised), chunk):
-        tokens, truth = noised[start:start + chunk], targets[start:start + chunk]
-        masked = tokens == model.config.mask_token_id
-        wanted = [site for listed in sites.values() for site in listed]
-        _, rec = model.run_with_cache(tokens, cycle.topology.n_loops, t=t, names_filter=wanted)
-        condition = model.condition(tokens, t)
-        rows = [_signature_at(model, [rec[sites[hook][i]] for hook in hooks], truth, masked, condition)
-                for i in range(len(sites["hook_resid_pre"]))]
+    for some, some_t, index in in_chunks(model, inputs, t, size=chunk):
+        truth = targets[index.to(targets.device)]
+        scored = model.scored(some) & (truth >= 0)
+        wanted = [site for sites in places for site in sites]
+        _, rec = model.run_with_cache(some, n_loops, t=some_t, names_filter=wanted)
+        _, context = model.enter(some, n_loops, t=some_t)
+        rows = [_signature_at(partial(model.read, context=context), [*(rec[site] for site in sites[:-1]),
+                                                                      pattern_at(rec, sites[-1])], truth, scored)
+                for sites in places]
         parts.append(torch.stack(rows, 1))
-    values = torch.cat(parts).view(len(noised), cycle.n_loops, cycle.n_layers, len(FEATURES))
+    values = torch.cat(parts).view(-1, cycle.n_loops, cycle.n_layers, len(FEATURES))
     return measurement(values, ("example", "loop", "layer", "feature"), coords={"feature": list(FEATURES)},
                        long_name="signature of a layer", units="1",
                        definition="; ".join(f"{name}: {text}" for name, (_, text) in FEATURES.items()),
                        source="features after arXiv 2604.11791, 2406.19384, 2510.06477")
 
 
-def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor, masked: Bool[Tensor, "example pos"],
-                  condition: Tensor | None) -> Float[Tensor, "example feature"]:
-    pre, attn_out, mlp_out, post, pattern = activations
-    on = masked.float()
+def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], truth: Tensor,
+                  scored: Bool[Tensor, "example pos"]) -> Float[Tensor, "example feature"]:
+    before, after = (F.log_softmax(_wide(read(activations[i])), -1) for i in (0, 3))
+    pre, attn_out, mlp_out, post, pattern = map(_wide, activations)
+    on = scored.float()
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
         total = where.sum(1)
@@ -91,8 +114,7 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
     attention, mlp = attn_out.norm(dim=-1), mlp_out.norm(dim=-1)
     entropy = -(pattern * pattern.clamp_min(1e-12).log()).sum(-1).mean(1)
     to_masked = (pattern * on[:, None, None]).sum(-1).mean(1)
-    before, after = (F.log_softmax(model.unembed(x, condition), -1) for x in (pre, post))
-    gain = (after - before).gather(-1, truth[..., None])[..., 0]
+    gain = (after - before).gather(-1, truth.clamp_min(0)[..., None])[..., 0]
     spectrum = torch.linalg.svdvals(post)
     spectrum = spectrum / spectrum.sum(-1, keepdim=True)
     return torch.stack([
@@ -104,17 +126,35 @@ def _signature_at(model: HookedLoopMDM, activations: list[Tensor], truth: Tensor
     ], 1)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: what is computed from an activation shall not be rounded as the activation was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def example_mean(values: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "..."]:
+    """Mean over the examples in which a value is defined; NaN where it is in none."""
+    defined = np.isfinite(values)
+    count = defined.sum(0)
+    return np.where(count > 0, np.where(defined, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+
+
 def variance_partition(mean: Float[np.ndarray, "loop layer feature"]) -> dict[str, float]:
     """Shares of a signature's variance by layer-in-cycle, by loop, and interaction; they sum to 1.
 
     A two-way decomposition without replicates per feature, averaged over the features that vary.
     By chance alone K loops × L layers give the shares (L−1), (K−1) and (K−1)(L−1) over (KL−1).
+    Raises NotDefinedError for one loop or one layer, and if no feature varies by more than rounding.
     """
+    for size, name in zip(mean.shape[:2], ("loop", "layer"), strict=True):
+        if size < 2:
+            raise NotDefinedError(f"there is one {name} only, which leaves no variance by {name}")
     grand = mean.mean((0, 1), keepdims=True)
     by_layer = ((mean.mean(0, keepdims=True) - grand) ** 2).sum((0, 1)) * mean.shape[0]
     by_loop = ((mean.mean(1, keepdims=True) - grand) ** 2).sum((0, 1)) * mean.shape[1]
     total = ((mean - grand) ** 2).sum((0, 1))
-    varies = np.isfinite(total) & (total > 1e-20)
+    varies = np.isfinite(total) & (total > mean.shape[0] * mean.shape[1] * FEATURE_ROUNDING ** 2)
+    if not varies.any():
+        raise NotDefinedError("no feature of the signature varies over loops and layers")
     layer = float((by_layer[varies] / total[varies]).mean())
     loop = float((by_loop[varies] / total[varies]).mean())
     return {"layer": layer, "loop": loop, "interaction": 1 - layer - loop}
@@ -124,8 +164,12 @@ def profile_correlation(a: Float[np.ndarray, "layer feature"], b: Float[np.ndarr
     """Pearson correlation of two models' layer profiles, each feature standardised over layers first.
 
     NaN features are left out. 1 means that layer by layer the two do the same.
+    Raises NotDefinedError if no feature varies over the layers of both models by more than rounding.
     """
-    keep = np.isfinite(a).all(0) & np.isfinite(b).all(0) & (a.std(0) > 1e-12) & (b.std(0) > 1e-12)
+    keep = (np.isfinite(a).all(0) & np.isfinite(b).all(0)
+            & (a.std(0) > FEATURE_ROUNDING) & (b.std(0) > FEATURE_ROUNDING))
+    if not keep.any():
+        raise NotDefinedError("no feature of the signature varies over the layers of both models")
     a, b = ((x[:, keep] - x[:, keep].mean(0)) / x[:, keep].std(0) for x in (a, b))
     return float((a * b).mean())
 
@@ -133,21 +177,24 @@ def profile_correlation(a: Float[np.ndarray, "layer feature"], b: Float[np.ndarr
 # ----------------------------------------------------------- attention patterns
 
 @torch.no_grad()
-def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle: Cycle, *, t: float | None = None,
+def pattern_gram(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, t: Levels = None,
                  chunk: int = 32) -> xr.DataArray:
     """Inner products ⟨A_a, A_b⟩ of all attention patterns of a cycle, per example.
 
     example × a × b, where a and b run over (loop, layer, head), in that order. Distances, head
     matchings and intervals all follow from it, so that patterns are never held together.
+    Raises `hooks.Unavailable` where the model makes no patterns.
     """
-    sites = cycle.sites("attn.hook_pattern")
+    sites = _pattern_sites(model, cycle)
     parts = []
-    for start in range(0, len(noised), chunk):
-        _, rec = model.run_with_cache(noised[start:start + chunk], cycle.topology.n_loops, t=t, names_filter=sites)
-        flat = torch.stack([rec[site] for site in sites], 1).flatten(3).flatten(1, 2)
+    for some, some_t, _ in in_chunks(model, inputs, t, size=chunk):
+        _, rec = model.run_with_cache(some, cycle.topology.n_loops, t=some_t, names_filter=sites)
+        held = torch.stack([_wide(pattern_at(rec, site)) for site in sites], 1)     # [example, place, head, query, key]
+        n_heads = held.shape[2]
+        flat = held.flatten(3).flatten(1, 2)
         parts.append(flat @ flat.transpose(1, 2))
     index = np.array([(k, i, h) for k in range(cycle.n_loops) for i in range(cycle.n_layers)
-                      for h in range(model.config.n_heads)])
+                      for h in range(n_heads)])
     coords: dict[Any, Any] = {f"{name}_{side}": (side, index[:, j]) for side in "ab"
                               for j, name in enumerate(("loop", "layer", "head"))}
     return measurement(torch.cat(parts), ("example", "a", "b"), coords=coords,
@@ -158,14 +205,16 @@ def pattern_gram(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle
 def head_distances(gram: xr.DataArray) -> xr.DataArray:
     """Distance between the patterns of every two (loop, layer) pairs, heads matched: example × p × q.
 
-    d = ‖A − B‖_F / √(‖A‖²_F + ‖B‖²_F), 0 for equal patterns and 1 for disjoint ones, averaged over heads.
+    The distance of two patterns is `probes.attention.pattern_metric`, averaged over heads.
     Heads have no common order in different layers, so each pair of layers is given the matching of heads
     (Hungarian, on the mean over examples) under which they are nearest: the comparison favours "same".
+    Distances below `PATTERN_ROUNDING` are 0.
     """
     products = gram.values
     squares = np.einsum("eaa->ea", products)
-    total = squares[:, :, None] + squares[:, None, :]
-    distance = np.sqrt(np.clip(total - 2 * products, 0, None) / np.maximum(total, 1e-12))
+    a, b = squares[:, :, None], squares[:, None, :]
+    distance = pattern_metric(np.sqrt(np.clip(a + b - 2 * products, 0, None)), a, b)
+    distance = np.where(distance < PATTERN_ROUNDING, 0, distance)
     heads = int(gram.head_a.max()) + 1
     n = products.shape[1] // heads
     blocks = distance.reshape(len(distance), n, heads, n, heads)
@@ -178,13 +227,13 @@ def head_distances(gram: xr.DataArray) -> xr.DataArray:
     coords: dict[Any, Any] = {"loop": ("p", loops), "layer": ("p", layers),
                               "loop_q": ("q", loops), "layer_q": ("q", layers)}
     return measurement(matched, ("example", "p", "q"), coords=coords, long_name="distance of attention patterns",
-                       units="1", definition="‖A − B‖_F / √(‖A‖² + ‖B‖²), mean over optimally matched heads",
+                       units="1", definition=f"{PATTERN_METRIC}, mean over optimally matched heads",
                        source="after arXiv 2604.11791")
 
 
 @torch.no_grad()
-def frozen_attention(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], cycle: Cycle, *, after: int,
-                     matching: xr.DataArray | None = None, t: float | None = None,
+def frozen_attention(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, after: int,
+                     matching: xr.DataArray | None = None, t: Levels = None,
                      chunk: int = 64) -> Int[Tensor, "example pos"]:
     """The model's answers when every loop later than ``after`` must reuse that loop's attention patterns.
 
@@ -192,25 +241,24 @@ def frozen_attention(model: HookedLoopMDM, noised: Int[Tensor, "example pos"], c
     looks changes little. ``matching``, a `pattern_gram`, matches heads between layers first (a cycle of
     physically different layers has no common head order); None takes heads by index.
     """
-    sites = cycle.sites("attn.hook_pattern")
-    n_layers = cycle.n_layers
+    sites, n_layers, n_loops = _pattern_sites(model, cycle), cycle.n_layers, cycle.topology.n_loops
+    source = range(after * n_layers, (after + 1) * n_layers)
     answers = []
-    for start in range(0, len(noised), chunk):
-        tokens = noised[start:start + chunk]
-        source = sites[after * n_layers:(after + 1) * n_layers]
-        _, rec = model.run_with_cache(tokens, cycle.topology.n_loops, t=t, names_filter=source)
+    for some, some_t, _ in in_chunks(model, inputs, t, size=chunk):
+        _, rec = model.run_with_cache(some, n_loops, t=some_t, names_filter=[sites[place] for place in source])
         edits = []
-        for k in range(after + 1, cycle.n_loops):
-            for i in range(n_layers):
-                order = None if matching is None else _matched_heads(matching, k * n_layers + i, after * n_layers + i)
-                pattern = rec[source[i]] if order is None else rec[source[i]][:, order]
-                edits.append((sites[k * n_layers + i], _replace_with(pattern)))
-        answers.append(model.run_with_hooks(tokens, cycle.topology.n_loops, fwd_hooks=edits, t=t).argmax(-1))
+        for place in range(source.stop, len(sites)):
+            taken = source[place % n_layers]
+            pattern = rec[sites[taken]]
+            edits.append(patch(sites[place], pattern if matching is None
+                               else pattern[:, _matched_heads(matching, place, taken)]))
+        answers.append(model.run_with_hooks(some, n_loops, fwd_hooks=edits, t=some_t).argmax(-1))
     return torch.cat(answers)
 
 
-def _replace_with(value: Tensor) -> Callable[..., Tensor]:
-    return lambda _activation, hook: value
+def _pattern_sites(model: LoopedModel, cycle: Cycle) -> list[str]:
+    """Where the attention patterns of a cycle are, loop by loop, layer by layer."""
+    return [model.attention(depth, n_loops=cycle.topology.n_loops) for loop in cycle.depths for depth in loop]
 
 
 def _matched_heads(gram: xr.DataArray, p: int, q: int) -> Int[np.ndarray, "head"]:
@@ -223,10 +271,26 @@ def _matched_heads(gram: xr.DataArray, p: int, q: int) -> Int[np.ndarray, "head"
     return linear_sum_assignment(distance)[1]
 
 
-def repeat_distances(distances: xr.DataArray) -> tuple[Float[np.ndarray, "example"], Float[np.ndarray, "example"]]:
-    """(same layer in different loops, different layers): mean pattern distance per example."""
-    layer, loop = distances.layer.values, distances.loop.values
-    same_layer = layer[:, None] == layer[None]
-    other_loop = loop[:, None] != loop[None]
-    values = distances.values
-    return values[:, same_layer & other_loop].mean(1), values[:, ~same_layer].mean(1)
+def same_layer_distance(distances: xr.DataArray) -> Float[np.ndarray, "example"]:
+    """Mean distance of a layer's patterns in two different loops. NotDefinedError if there is one loop only."""
+    same = distances.layer.values[:, None] == distances.layer.values[None]
+    other_loop = distances.loop.values[:, None] != distances.loop.values[None]
+    if not other_loop.any():
+        raise NotDefinedError("there is one loop only, and no other loop to compare it with")
+    return distances.values[:, same & other_loop].mean(1)
+
+
+def other_layer_distance(distances: xr.DataArray) -> Float[np.ndarray, "example"]:
+    """Mean distance of two different layers' patterns, loops alike or not. NotDefinedError if there is one layer."""
+    other = distances.layer.values[:, None] != distances.layer.values[None]
+    if not other.any():
+        raise NotDefinedError("one layer is looped, and there is no other layer to compare it with")
+    return distances.values[:, other].mean(1)
+
+
+def distance_ratio(same: float | np.floating[Any], other: float | np.floating[Any]) -> float:
+    """Distance of the same layer over loops ÷ that of different layers. NotDefinedError if the latter is 0."""
+    if other == 0:
+        raise NotDefinedError("the attention patterns of different layers do not differ, and nothing can be divided "
+                              "by their distance")
+    return float(same / other)

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import tyro
 
-from studies.presets import PRESETS
-from studies.training import Kind, train
-from studies.training_step import Precision
+from studies.folders import seeded
+from studies.training.machine import Precision
+from studies.training.presets import PRESETS
+from studies.training.run import Kind, train
+from studies.training.step import join
 from studies.zoo import ZOO, export
 
 
@@ -47,14 +49,14 @@ class Pretrain:
     threads: int | None = None
     """CPU threads; two runs of one thread each are faster than one of two."""
     precision: Precision | None = None
-    """fp32 or bf16 matrix products; the preset's (bf16) by default."""
+    """fp32 or bf16 matrix products; by default bf16 where the machine has instructions for it."""
     compile: bool | None = None
-    """torch.compile the blocks, which needs a C++ compiler on a CPU; the preset's (yes) by default."""
+    """torch.compile the blocks; by default where a C++ compiler is there, which a CPU needs."""
     list: bool = False
     """List tasks and presets, and stop."""
 
 
-def listing() -> str:
+def list_presets() -> str:
     """A line per preset: its name, task, steps, and time on one CPU core."""
     return "\n".join(f"    {name:24} {preset.task}, {preset.steps} steps, {preset.time}"
                      for name, preset in PRESETS.items())
@@ -65,20 +67,28 @@ def main(args: Pretrain) -> int:
     import time
 
     if args.list:
-        print(listing())
+        print(list_presets())
         return 0
     if args.preset not in PRESETS:
         print(f"no preset is called {args.preset!r}; there are {', '.join(PRESETS)}.", file=sys.stderr)
         return 2
     preset = PRESETS[args.preset]
+    fast = preset.recipe(args.device, precision=args.precision, compile=args.compile)
+    if join().is_main:
+        for note in fast.notes:
+            print(note, flush=True)
     deadline = None if args.time_budget_min is None else time.monotonic() + 60 * args.time_budget_min
     for seed in args.seeds:
         for kind in args.kinds or preset.kinds:
             left = None if deadline is None else max(1.0, deadline - time.monotonic())
             chosen = {"steps": args.steps, "precision": args.precision, "compile": args.compile}
+            # what this machine goes without, the command on the card goes without on any other
+            if fast.precision == "fp32" and "precision" not in preset.train:
+                chosen["precision"] = "fp32"
+            if not fast.compile and "compile" not in preset.train:
+                chosen["compile"] = False
             overrides = {key: value for key, value in chosen.items() if value is not None}
-            variant = "-".join(filter(None, (preset.variant, f"s{seed}" if seed else "")))
-            name = "-".join(filter(None, (preset.task.name, kind, variant)))
+            variant, name = seeded(preset.variant, seed), preset.entry(kind, seed)
             config = preset.train_config(kind, seed, time_budget_s=left, out=str(args.runs / name),
                                          device=args.device, threads=args.threads, **overrides)
             result = train(config)
@@ -93,4 +103,4 @@ def main(args: Pretrain) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Pretrain, description=f"{__doc__}\nTasks and presets:\n\n{listing()}")))
+    sys.exit(main(tyro.cli(Pretrain, description=f"{__doc__}\nTasks and presets:\n\n{list_presets()}")))

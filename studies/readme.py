@@ -1,48 +1,44 @@
-"""The README's tables, made from what is bundled: the verdict from results/, the zoo from its cards.
+"""The generated parts of README.md and docs/zoo.md, made from what is bundled: results/ and the cards of zoo/.
 
-    python studies/readme.py            # rewrite README.md between its markers
-    python studies/readme.py --check    # say whether it is up to date; exit status 1 if not
+    python studies/readme.py            # rewrite both between their markers
+    python studies/readme.py --check    # say whether they are up to date; exit status 1 if not
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
+from hooks.writing import written_whole
+from studies.questions.length_generalization.judge import judge as more_rows
+from studies.questions.stages.judge import notes
 from studies.results import RESULTS, read_results
-from studies.zoo import KINDS, ZOO, names, read_card
+from studies.zoo import KINDS, SHORT_NAMES, ZOO, names, read_card, read_metrics
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-SHOWN = ("ratio", "variance_layer", "unfrozen", "frozen", "accuracy_max", "accuracy_gain", "probe_slope")
-"""Rows of the verdict's table that the README repeats."""
+ROOT = Path(__file__).resolve().parent.parent
+README, ZOO_PAGE = ROOT / "README.md", ROOT / "docs" / "zoo.md"
 
 
 @dataclass(frozen=True)
 class Readme:
-    """Rewrite the README's generated parts."""
+    """Rewrite the generated parts of README.md and docs/zoo.md."""
 
     check: bool = False
     """Only say whether they are up to date."""
 
 
 def verdict_block(verdict: dict[str, Any]) -> str:
-    """The verdict in words, and its chief rows."""
-    subjects = verdict["subjects"]
-    lines = ["| measure | " + " | ".join(subjects.values()) + " |", "|---" * (1 + len(subjects)) + "|"]
-    for row in verdict["table"]:
-        if row["key"] in SHOWN:
-            cells = [_interval(row[s]) if s in row else "" for s in subjects]
-            lines.append(f"| {row['measure']} | " + " | ".join(cells) + " |")
+    """The findings in words, and what their brackets hold."""
     setting = verdict["setting"]
-    words = f"**{verdict['conclusion']}** {verdict['operation']['words']} {verdict['content']['words']}"
-    note = (f"On {setting['examples']} held-out examples of *{setting['task']['name']}*, noise level {setting['t']:g}, "
-            f"{setting['n_loops']} loops; 95% bootstrap intervals. {verdict.get('over_seeds', '')}")
-    return "\n".join([words, "", *lines, "", note.strip()])
+    note = " ".join([f"On *{setting['task']['name']}*, noise level {setting['t']:g}, {setting['n_loops']} loops.",
+                     *notes({**verdict, "table": []}), verdict.get("over_seeds", "")])
+    return "\n\n".join([f"**{verdict['conclusion']}**", verdict["content"]["words"], verdict["operation"]["words"],
+                        note.strip()])
 
 
 def zoo_block(zoo: Path = ZOO) -> str:
@@ -62,6 +58,36 @@ def zoo_block(zoo: Path = ZOO) -> str:
     return "\n".join(lines)
 
 
+def unlearned_block(zoo: Path = ZOO) -> str:
+    """What the bundled models did not learn: text, pointer chains, and more rows than in training."""
+    cards = {name: read_card(zoo / name) for name in names(zoo)}
+    loop, twin = (read_metrics(zoo / f"text-{kind}") for kind in ("loop", "twin"))
+    steps = int(min(table.step.max() for table in (loop, twin)))
+    at = [float(np.interp(steps, table.step, table.nelbo)) for table in (loop, twin)]
+    text = (f"- On *text* the LoopMDM ends with a NELBO of {cards['text-loop']['metrics']['nelbo']:.2f} and its twin, "
+            f"after equal FLOPs, with {cards['text-twin']['metrics']['nelbo']:.2f}. It is behind at equal steps too: "
+            f"{at[0]:.2f} against {at[1]:.2f} after {steps:,}; the twin's learning rate is higher there. "
+            "The reason is open.")
+    pointer = {kind: cards[f"pointer-{kind}"] for kind in KINDS}
+    keys = pointer["loop"]["task"]["keys"]
+    filled = ", ".join(f"{SHORT_NAMES[kind]} {_cells(card):.1%}" for kind, card in pointer.items())
+    nelbo = ", ".join(f"{SHORT_NAMES[kind]} {card['metrics']['nelbo']:.2f}" for kind, card in pointer.items())
+    hops = (f"- *Pointer* is a negative result. All kinds fill wholly masked chains at chance, 1 of {keys - 1} "
+            f"({filled}), and have only learned to use what is visible (NELBO: {nelbo}). A single hop (`hops=1`) does "
+            "begin to be learned.")
+    longer = read_results(RESULTS / "length_generalization-automaton")
+    said = more_rows(longer.datasets["curves"], longer.verdict["task"]["rows"])
+    rows = ("- An automaton model does not fill more rows than in training, however many loops it may use. "
+            f"{said} ([figure](../results/length_generalization-automaton/report.html), "
+            "`python studies/length_generalization.py`)")
+    return "\n".join([text, hops, rows])
+
+
+def _cells(card: dict[str, Any]) -> float:
+    """Free cells right at S_max."""
+    return float(card["metrics"][f"cells@{card['topology']['max_loops']}"])
+
+
 def between(text: str, name: str, block: str) -> str:
     """``text`` with what stands between the markers of ``name`` replaced. ValueError if they are missing."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -72,27 +98,24 @@ def between(text: str, name: str, block: str) -> str:
     return f"{before}{begin}\n{block}\n{end}{after}"
 
 
-def current() -> str:
-    """The README as it should be."""
-    text = README.read_text()
-    text = between(text, "verdict", verdict_block(read_results(RESULTS / "rerun-automaton").verdict))
-    return between(text, "zoo", zoo_block())
-
-
-def _interval(cell: dict[str, float]) -> str:
-    return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+def current() -> dict[Path, str]:
+    """The files as they should be."""
+    verdict = read_results(RESULTS / "rerun-automaton").verdict
+    zoo = between(ZOO_PAGE.read_text(), "zoo", zoo_block())
+    return {README: between(README.read_text(), "verdict", verdict_block(verdict)),
+            ZOO_PAGE: between(zoo, "unlearned", unlearned_block())}
 
 
 def main(args: Readme) -> int:
     """Rewrite or check."""
-    text = current()
+    stale = {path: text for path, text in current().items() if text != path.read_text()}
     if args.check:
-        fresh = text == README.read_text()
-        print("README.md is up to date." if fresh else "README.md is not up to date: run `python studies/readme.py`.")
-        return 0 if fresh else 1
-    temporary = README.with_suffix(".md.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, README)
+        listed = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        print(f"Not up to date: {listed}. Run `python studies/readme.py`." if stale else "Up to date.")
+        return 1 if stale else 0
+    for path, text in stale.items():
+        with written_whole(path) as temporary:
+            temporary.write_text(text)
     return 0
 
 

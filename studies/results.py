@@ -3,7 +3,8 @@
 measurements.nc holds one netCDF group per named dataset, each variable with its definition
 and units. A results folder appears whole or not at all.
 
-    folder = write_results("results/rerun-automaton", verdict=…, datasets={"accuracy": …}, html=…)
+    folder = write_results("results/rerun-automaton", study="stages", verdict={"verdict": "…"},
+                           datasets={"accuracy": measured}, html="<p>…</p>")
     results = read_results("results/rerun-automaton")
     results.verdict["verdict"], results.datasets["accuracy"]
 """
@@ -12,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import platform
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,9 +24,18 @@ from typing import Any
 import torch
 import xarray as xr
 
-from studies.zoo import Entry
+from hooks.writing import written_whole
+from studies.folders import folder
+from studies.zoo import Entry, Problem, read_json
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = folder("results")
+FILES = ("verdict.json", "measurements.nc")
+"""What a results folder must hold."""
+
+
+SCRIPTS = {"stages": "studies/rerun.py", "claims": "studies/claims.py", "ablations": "studies/ablations.py",
+           "length_generalization": "studies/length_generalization.py"}
+"""The program of each study, by the name that its verdicts carry."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +46,106 @@ class Results:
     verdict: dict[str, Any]
     datasets: dict[str, xr.Dataset]
 
+    @property
+    def study(self) -> str:
+        """What was asked, one of `SCRIPTS`; "" of results of another version, which do not say."""
+        return str(self.verdict.get("study", ""))
 
-def write_results(folder: str | Path, *, verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset],
+
+def made_by(folder: str | Path) -> str:
+    """The command that makes a results folder. Its verdict says which; where that cannot be read, its name does."""
+    path = Path(folder)
+    try:
+        study = str(read_json(path / "verdict.json").get("study", ""))
+    except ValueError:
+        study = ""
+    return f"python {SCRIPTS.get(study) or SCRIPTS.get(path.name.partition('-')[0], SCRIPTS['stages'])}"
+
+
+def write_results(folder: str | Path, *, study: str, verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset],
                   html: str) -> Path:
-    """Write a results folder through a temporary one."""
-    final = Path(folder)
-    temporary = final.parent / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "verdict.json").write_text(json.dumps(verdict, indent=1, ensure_ascii=False) + "\n")
-    (temporary / "report.html").write_text(html)
-    for name, dataset in datasets.items():
-        file = temporary / "measurements.nc"
-        dataset.to_netcdf(file, mode="a" if file.exists() else "w", group=name, engine="h5netcdf")
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    """Write a results folder, whole or not at all; ``study`` (of `SCRIPTS`) becomes the verdict's first entry.
+
+    Raises ValueError, before anything is written, for an unknown study, and if the verdict holds NaN or an infinity:
+    JSON has neither, and a number that is not defined is stored as the reason why.
+    """
+    final, told = Path(folder), {"study": study, **verdict}
+    if study not in SCRIPTS:
+        raise ValueError(f"no study is called {study!r}; there are {', '.join(SCRIPTS)}.")
+    if found := _not_finite(told):
+        raise ValueError(f"the verdict of {final.name} holds a number that is not finite at {', '.join(found)}: store "
+                         "None, or the reason why it is not defined.")
+    with written_whole(final) as temporary:
+        temporary.mkdir()
+        (temporary / "verdict.json").write_text(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        (temporary / "report.html").write_text(html)
+        for name, dataset in datasets.items():
+            file = temporary / "measurements.nc"
+            dataset.to_netcdf(file, mode="a" if file.exists() else "w", group=name, engine="h5netcdf")
     return final
 
 
+def _not_finite(value: Any, where: str = "") -> list[str]:
+    """Where NaN and infinities stand, as table[0].loop.value."""
+    if isinstance(value, Mapping):
+        return [at for key, v in value.items() for at in _not_finite(v, f"{where}.{key}".lstrip("."))]
+    if isinstance(value, (list, tuple)):
+        return [at for i, v in enumerate(value) for at in _not_finite(v, f"{where}[{i}]")]
+    return [where] if isinstance(value, float) and not math.isfinite(value) else []
+
+
 def read_results(folder: str | Path) -> Results:
-    """Read a results folder. FileNotFoundError names the command that makes it."""
+    """Read a results folder. FileNotFoundError and ValueError name the file, and the command that makes it."""
+    path = Path(folder)
+    verdict, names = _opened(path)
+    try:
+        datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return Results(path, verdict, datasets)
+
+
+def list_results(folder: str | Path = RESULTS) -> tuple[list[str], list[Problem]]:
+    """Names of the results folders that can be read, and what is wrong with the others. Reads no values.
+
+    They come by study, in the order of `SCRIPTS`, those of none at the end.
+    """
+    paths = sorted({file.parent for name in FILES for file in Path(folder).glob(f"*/{name}")})
+    order = list(SCRIPTS)
+    names: dict[str, int] = {}
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            study = _opened(path)[0].get("study")
+            names[path.name] = order.index(study) if study in order else len(order)
+        except (FileNotFoundError, ValueError) as error:
+            file = next(path / name for name in FILES if str(error).startswith(str(path / name)))
+            problems.append(Problem(file, str(error).removeprefix(str(file)).removeprefix(":").strip()))
+    return sorted(names, key=lambda name: (names[name], name)), problems
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(the verdict, names of the datasets) of a results folder."""
     import h5netcdf
 
-    path = Path(folder)
-    for file in ("verdict.json", "measurements.nc"):
+    for file in FILES:
         if not (path / file).exists():
-            raise FileNotFoundError(f"{path / file} is missing: make it with `python studies/rerun.py` "
-                                    "(or `make study`).")
-    with h5netcdf.File(path / "measurements.nc", "r") as file:
-        names = list(file.groups)
-    datasets = {name: xr.load_dataset(path / "measurements.nc", group=name, engine="h5netcdf") for name in names}
-    return Results(path, json.loads((path / "verdict.json").read_text()), datasets)
+            raise FileNotFoundError(f"{path / file} is missing: make it again with `{made_by(path)}`.")
+    try:
+        verdict = read_json(path / "verdict.json")
+    except ValueError as error:
+        raise ValueError(f"{path / 'verdict.json'}: {error}; make it again with `{made_by(path)}`.") from error
+    try:
+        with h5netcdf.File(path / "measurements.nc", "r") as file:
+            return verdict, list(file.groups)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """h5py, h5netcdf and xarray raise errors of many kinds on a damaged file; they become one."""
+    return ValueError(f"{path / 'measurements.nc'}: it cannot be read ({error}); "
+                      f"make it again with `{made_by(path)}`.")
 
 
 def provenance(args: Any, entries: Iterable[Entry], *, seconds: float) -> dict[str, Any]:

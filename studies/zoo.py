@@ -6,29 +6,41 @@ curve of training. A triplet is the LoopMDM, twin and deep twin of one task and 
 
     entry = load("zoo/automaton-loop")
     entry.model, entry.task, entry.card["metrics"]
-    for entry in entries("zoo"): print(entry.name)
+    found = listing("zoo")
+    list(found.cards), [str(problem) for problem in found.problems]
+
+One damaged entry does not hide the others: `listing` says which entries are whole and what is wrong with the rest,
+and `names` and `load_whole` leave the rest out with a warning that names the file.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-from dataclasses import dataclass
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hooks import HookedLoopMDM
-from studies.flops import forward_flops
+from hooks.writing import written_whole
+from studies.folders import entry_name, folder, group_name
 from studies.tasks import Task, load_task
-from studies.training import TrainConfig, TrainResult
+from studies.training.flops import forward_flops
+from studies.training.run import TrainConfig, TrainResult
 
-ZOO = Path(__file__).resolve().parent.parent / "zoo"
+if TYPE_CHECKING:
+    import pandas as pd
+
+ZOO = folder("zoo")
 KINDS = {"loop": "LoopMDM", "twin": "unlooped twin (equal parameters)",
          "deep": "unlooped deep twin (equal per-step compute)"}
+SHORT_NAMES = {"loop": "LoopMDM", "twin": "unlooped twin", "deep": "deep twin"}
+"""What figures and tables call the kinds."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,44 @@ class Entry:
         return str(self.card["kind"])
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A file that cannot be used, and why; as text, one line."""
+
+    file: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a zoo holds: the cards of whole entries by name, and what is wrong with the others."""
+
+    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+
+REQUIRED: dict[str, type | tuple[type, ...]] = {"task": dict, "kind": str, "seed": int, "metrics": dict,
+                                                "command": str, "parameters": int, "topology": dict}
+"""What a card must have, and of which type."""
+LAYERS = ("head", "loop", "tail", "max_loops")
+"""What a card's topology must have, all of them whole numbers."""
+REMEDY = "restore it, or make the entry again with `python studies/pretrain.py`."
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. ValueError if it does not; the message leaves the file's name to the caller."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a JSON {type(values).__name__}, not an object")
+    return values
+
+
 def read_card(path: str | Path) -> dict[str, Any]:
     """The card of one folder. FileNotFoundError or ValueError name the file and what is wrong."""
     file = Path(path) / "card.json"
@@ -56,19 +106,81 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing: {path} is not a zoo entry. "
                                 "Entries are made by `python studies/pretrain.py`.")
     try:
-        card = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}): restore it, or make the entry again.") from error
-    if missing := {"task", "kind", "seed", "metrics", "command"} - set(card):
-        raise ValueError(f"{file} lacks {sorted(missing)}: it was not written by studies/pretrain.py.")
-    return dict(card)
+        return _checked(read_json(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {REMEDY}") from error
+
+
+def _checked(card: dict[str, Any]) -> dict[str, Any]:
+    """A card with all that its readers rely on. ValueError says what is missing or unknown."""
+    if missing := sorted(set(REQUIRED) - set(card)):
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(card[key], kind) or isinstance(card[key], bool):
+            raise ValueError(f"its {key} is {card[key]!r}, which is of the wrong type")
+    if card["kind"] not in KINDS:
+        raise ValueError(f"its kind {card['kind']!r} is unknown; there are {', '.join(KINDS)}")
+    if bad := [key for key in LAYERS if not isinstance(card["topology"].get(key), int)]:
+        raise ValueError(f"its topology lacks {', '.join(bad)}")
+    try:
+        load_task(card["task"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"its task cannot be made ({error})") from error
+    return card
+
+
+def listing(zoo: str | Path = ZOO) -> Listing:
+    """The entries of a zoo by name: cards of the whole ones, problems of the others. Reads no weights."""
+    cards: dict[str, dict[str, Any]] = {}
+    problems: list[Problem] = []
+    for file in sorted(Path(zoo).glob("*/card.json")):
+        try:
+            cards[file.parent.name] = read_card(file.parent)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(Problem(file, str(error).removeprefix(f"{file}: ")))
+    return Listing(cards, tuple(problems))
+
+
+def read_metrics(path: str | Path) -> pd.DataFrame:
+    """The curve of training of one folder. FileNotFoundError or ValueError name the file and what is wrong."""
+    import pandas as pd
+
+    file = Path(path) / "metrics.parquet"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: {REMEDY}")
+    try:
+        table = pd.read_parquet(file)
+    except Exception as error:   # pyarrow raises its own kinds, OSError and struct errors alike
+        raise ValueError(f"{file}: it is not a Parquet file ({error}); {REMEDY}") from error
+    try:
+        return curve_of(table)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {REMEDY}") from error
+
+
+def curve_of(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of evaluations that has what every curve is drawn from. ValueError says what it lacks."""
+    from pandas.api.types import is_numeric_dtype
+
+    if missing := sorted({"flops", "nelbo"} - set(table.columns)):
+        raise ValueError(f"it has no column {' and '.join(missing)}")
+    if bad := [str(name) for name in table.columns if not is_numeric_dtype(table[name])]:
+        raise ValueError(f"its column {' and '.join(bad)} does not hold numbers")
+    if table.empty:
+        raise ValueError("it holds no evaluation")
+    return table
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Entry:
-    """A zoo entry: model in evaluation mode, task and card."""
+    """A zoo entry: model in evaluation mode, task and card. FileNotFoundError or ValueError name what is wrong."""
     path = Path(path)
     card = read_card(path)
     task = load_task(card["task"])
+    if (path / "config.json").exists():
+        try:
+            read_json(path / "config.json")
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.json'}: {error}; {REMEDY}") from error
     model = HookedLoopMDM.from_pretrained(str(path), map_location=device)
     if model.config.vocab_size != task.vocab_size or model.config.max_seq_len < task.seq_len:
         raise ValueError(f"{path}: the model takes {model.config.vocab_size} tokens and {model.config.max_seq_len} "
@@ -77,22 +189,58 @@ def load(path: str | Path, *, device: str = "cpu") -> Entry:
 
 
 def names(zoo: str | Path = ZOO) -> list[str]:
-    """The folders of a zoo, by name."""
-    return sorted(p.parent.name for p in Path(zoo).glob("*/card.json"))
+    """The whole entries of a zoo, by name; the others are left out with a warning each."""
+    found = listing(zoo)
+    for problem in found.problems:
+        skipped(problem)
+    return list(found.cards)
+
+
+def skipped(problem: Problem | Exception) -> None:
+    """Warn that an entry is left out."""
+    warnings.warn(f"left out, {problem}", UserWarning, stacklevel=3)
+
+
+def load_whole(paths: Iterable[Path], *, check: Callable[[Path], Any] | None = None) -> dict[str, Entry]:
+    """Entries by name; those that cannot be loaded, or of which ``check`` raises, are left out with a warning each."""
+    found = {}
+    for path in paths:
+        try:
+            if check is not None:
+                check(path)
+            found[path.name] = load(path)
+        except (FileNotFoundError, ValueError) as error:
+            skipped(error)
+    return found
 
 
 def triplet(task: str = "automaton", variant: str = "", zoo: str | Path = ZOO) -> dict[str, Entry]:
-    """The entries of one task and variant by kind; those that exist."""
-    folders = {kind: Path(zoo) / "-".join(filter(None, (task, kind, variant))) for kind in KINDS}
-    return {kind: load(folder) for kind, folder in folders.items() if (folder / "card.json").exists()}
+    """The entries of one task and variant by kind; those that exist and are whole."""
+    folders = {kind: Path(zoo) / entry_name(task, kind, variant) for kind in KINDS}
+    whole = load_whole(folder for folder in folders.values() if (folder / "card.json").exists())
+    return {kind: whole[folder.name] for kind, folder in folders.items() if folder.name in whole}
+
+
+def find_groups(zoo: str | Path = ZOO, *,
+                check: Callable[[Path], Any] | None = None) -> dict[str, dict[int, dict[str, Entry]]]:
+    """group → seed → kind → entry; seeds of which there are a LoopMDM and a twin.
+
+    Entries that are damaged, or whose folder makes ``check`` raise, are left out with a warning each.
+    """
+    found: dict[str, dict[int, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
+    for entry in load_whole((Path(zoo) / name for name in names(zoo)), check=check).values():
+        group = group_name(entry.task.name, str(entry.card.get("variant", "")))
+        found[group][int(entry.card["seed"])][entry.kind] = entry
+    whole = {group: {seed: kinds for seed, kinds in sorted(seeds.items()) if {"loop", "twin"} <= set(kinds)}
+             for group, seeds in found.items()}
+    return {group: seeds for group, seeds in sorted(whole.items()) if seeds}
 
 
 def variants_of(task: str, zoo: str | Path = ZOO) -> list[str]:
     """Variants of which the whole triplet is there, the first seed ("") first."""
-    stem = f"{task}-loop"
-    found = {name.removeprefix(stem).removeprefix("-") for name in names(zoo) if name.startswith(stem)}
-    return sorted(v for v in found if all((Path(zoo) / "-".join(filter(None, (task, kind, v))) / "card.json").exists()
-                                          for kind in KINDS))
+    stem, there = entry_name(task, "loop"), set(names(zoo))
+    found = {name.removeprefix(stem).removeprefix("-") for name in there if name.startswith(stem)}
+    return sorted(v for v in found if {entry_name(task, kind, v) for kind in KINDS} <= there)
 
 
 def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: str | Path = ZOO,
@@ -100,19 +248,15 @@ def export(config: TrainConfig, result: TrainResult, *, variant: str = "", zoo: 
     """Write the entry of a finished run; the folder appears whole or not at all."""
     import pandas as pd
 
-    name = "-".join(filter(None, (config.task.name, config.kind, variant)))
-    final, temporary = Path(zoo) / name, Path(zoo) / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    name = entry_name(config.task.name, config.kind, variant)
     card = make_card(config, result, name=name, variant=variant, command=command)
-    copy.deepcopy(result.model).half().cpu().save_pretrained(temporary)
-    (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (temporary / "README.md").write_text(card_text(card))
-    pd.DataFrame(result.metrics).to_parquet(temporary / "metrics.parquet", index=False)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    return final
+    with written_whole(Path(zoo) / name) as temporary:
+        temporary.mkdir()
+        copy.deepcopy(result.model).half().cpu().save_pretrained(temporary)
+        (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        (temporary / "README.md").write_text(card_text(card))
+        pd.DataFrame(result.metrics).to_parquet(temporary / "metrics.parquet", index=False)
+    return Path(zoo) / name
 
 
 def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: str, command: str) -> dict[str, Any]:
@@ -129,9 +273,10 @@ def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: s
                      "max_loops": model.max_loops},
         "training": {"steps": result.step, "examples": result.step * config.batch_size, "tokens": result.tokens,
                      "flops": result.flops, "budget_flops": config.budget_flops, "finished": result.finished,
-                     "seconds": round(result.seconds), "batch_size": config.batch_size, "lr": config.lr,
+                     "seconds": round(result.seconds), "batch_size": config.batch_size, "lr": config.peak_lr,
                      "warmup_steps": config.warmup_steps, "weight_decay": config.weight_decay,
                      "ema_decay": config.ema_decay, "loss_on": config.loss_on, "loops_drawn": config.loops_drawn,
+                     "masks": config.masks, "noise_levels": config.noise_levels, "decay_share": config.decay_share,
                      "schedule": config.schedule, "precision": config.precision, "compile": config.compile,
                      "device": config.device, "threads": torch.get_num_threads()},
         "forward_flops": {"per_example_at_mean_loops": forward_flops(model, seq_len=config.task.seq_len,
@@ -145,7 +290,9 @@ def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: s
 def card_text(card: dict[str, Any]) -> str:
     """The card as Markdown, with the front matter that a model hub reads."""
     top, run = card["topology"], card["training"]
-    loops = f"S ~ U{{1..{top['max_loops']}}}" if top["max_loops"] > 1 else "run once"
+    drawn = {"growth": f"S ~ U{{1..1}} to U{{1..{top['max_loops']}}} over the first half of the training",
+             "equal_flops": f"S from 1..{top['max_loops']}, each with equal FLOPs"}
+    loops = drawn.get(run["loops_drawn"], f"S ~ U{{1..{top['max_loops']}}}") if top["max_loops"] > 1 else "run once"
     rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in card["metrics"].items())
     return f"""---
 library_name: loopscope
@@ -167,7 +314,9 @@ Data: {card['data']}.
 {rows}
 
 `cells@S` and `exact@S`: share of free cells right, and of whole examples right, with every free position
-masked and filled in one forward of S loops, on held-out examples. `nelbo`: nats per free token.
+masked and filled in one forward of S loops, on held-out examples. `nelbo@S`: nats per free token after S loops;
+`nelbo_line@S`: after S loops that only repeat the second one's step; `loops_idle`: 1 if loops gain nearly nothing
+over one loop, or over such a line.
 """
 
 

@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "time-sigma": {"time_conditioning": "sigma"},
     "time-constant": {"time_conditioning": "constant"},
     "injection": {"input_injection": "add"},
+    "head-injection": {"input_injection": "head"},
+    "head-injection-layernorm": {"input_injection": "head", "norm": "layer", "n_head_layers": 0},
     "loop-embedding": {"loop_embedding": "learned"},
     "tied": {"tie_embeddings": True},
     "all-looped": {"n_head_layers": 0, "n_tail_layers": 0},
@@ -51,8 +53,24 @@ def small_model(seed: int = 0, **changes: Any) -> HookedLoopMDM:
     return model.eval()
 
 
+def uniform_attention(model: HookedLoopMDM) -> HookedLoopMDM:
+    """The same model, changed so that every head looks everywhere alike: queries and keys are zero."""
+    for block in model.blocks:
+        block.attn.qkv.weight.data[:2 * model.config.d_model] = 0
+    return model
+
+
 def small_tokens(batch: int = 3, pos: int = 9, seed: int = 0) -> Tensor:
     """[batch, pos] ids with masks among them, at least one masked and one visible position in each row."""
     tokens = torch.randint(0, MASK + 1, (batch, pos), generator=torch.Generator().manual_seed(seed))
     tokens[:, 0], tokens[:, 1] = MASK, 1
     return tokens
+
+
+def naive_injection(model: HookedLoopMDM, embedded: Tensor, entering: Tensor) -> Tensor:
+    """What each loop adds to the state, spelled out; zeros without input injection."""
+    config = model.config
+    if config.input_injection != "head":
+        return embedded if config.input_injection == "add" else torch.zeros_like(embedded)
+    centred = entering - entering.mean(-1, keepdim=True) if config.norm == "layer" else entering
+    return model.injection_gate * centred / (centred.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()

@@ -20,7 +20,7 @@ def run(model: HookedLoopMDM, tokens: Tensor, *edits: Edit, n_loops: int = N) ->
 def state_after(model: HookedLoopMDM, tokens: Tensor, *loops: list[int]) -> Tensor:
     """The logits when each loop runs the listed layers, by hand."""
     embedded = model.embed_tokens(tokens)
-    rotary = model.rotary_cos[: tokens.shape[1]], model.rotary_sin[: tokens.shape[1]]
+    rotary = model.rotary(tokens.shape[1])
     x = model.head(embedded)
     for layers in loops:
         for layer in layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -69,19 +70,25 @@ def test_memory_with_a_reducer_stays_flat() -> None:
     assert kept.allocated_mb - many.allocated_mb > 0.9 * fifty_activations  # or the measure sees nothing
 
 
-def test_tables_and_the_readme_between_markers() -> None:
+def test_the_tables_are_written_between_the_markers_of_their_page(tmp_path: Path) -> None:
     lines = [Comparison("small", "a ÷ b", Estimate(1.1, 1.0, 1.2), 1.05), Comparison("small", "c ÷ d",
                                                                                   Estimate(0.5, 0.4, 0.6), 1.0)]
     table = report.comparison_table(lines)
     assert "| small | a ÷ b | 1.100 [1.000, 1.200] | ≤ 1.05 | **no** |" in table
     assert "| ≤ 1 | yes |" in table
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter"
-    once = report.between_markers(text, table)
-    assert once == f"before\n{report.BEGIN}\n{table}\n{report.END}\nafter"
-    assert report.between_markers(once, table) == once
-    assert report.between_markers("no markers", table) == "no markers"
     memory = {(n, kept): Peak(10.0 * (n if kept == "all" else 1), np.array([200.0, 210.0, 190.0])) for n in (1, 24)
               for kept in get_args(Kept)}
     assert ("| 24 | 10.0 MiB | 200.0 MiB | 10.0 MiB | 200.0 MiB | 240.0 MiB | 200.0 MiB |"
             in report.memory_table(memory))
     assert [line.holds for line in report.memory_lines(memory)] == [True, None, None]
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- benchmarks: begin -->\nlast week\n<!-- benchmarks: end -->\nafter")
+    report.write(lines, {"small": {"a": np.ones(3)}}, memory, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter")
+    assert table in text
+    assert report.memory_table(memory) in text
+    assert "| small | a | " in text
+    assert "last week" not in text

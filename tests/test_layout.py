@@ -1,10 +1,11 @@
-"""The house's own rules: imports point one way, heavy packages stay where they belong."""
+"""Rules of the layout: imports point one way, heavy packages stay where they belong, one name is one thing."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,70 @@ def test_imports_point_one_way(path):
     assert not imported(path) & later
     for heavy, allowed in ONLY_IN.items():
         assert heavy not in imported(path) or package in allowed, f"{heavy} is imported in {package}"
+
+
+def modules() -> dict[str, Path]:
+    """Sources by the name under which they are imported."""
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+            for path in sources()}
+
+
+def at_import(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """What a module imports when it is imported, or for its types alone; not what its functions import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from at_import(ast.iter_child_nodes(node))
+
+
+def test_no_imports_run_in_a_circle():
+    """Not those under TYPE_CHECKING either: two files that cannot be told apart are one."""
+    known = modules()
+    asks = {name: {other for other in at_import(ast.parse(path.read_text()).body) if other in known and other != name}
+            for name, path in known.items()}
+    while free := {name for name, others in asks.items() if not others}:   # Kahn: what is left asks in a circle
+        asks = {name: others - free for name, others in asks.items() if name not in free}
+    assert not asks, f"these import each other: {asks}"
+
+
+def test_a_circle_would_be_found():
+    code = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a.b import c\ndef f():\n    import late\n"
+    assert set(at_import(ast.parse(code).body)) == {"typing", "typing.TYPE_CHECKING", "a.b", "a.b.c"}
+
+
+def test_scripts_and_questions_are_where_they_are_looked_for():
+    """Each question's folder has some of the same files, and a script in studies/ that asks it."""
+    parts = {"__init__", "measure", "judge", "figures", "page"}
+    studies = ROOT / "studies"
+    for folder in sorted(path.parent for path in (studies / "questions").glob("*/page.py")):
+        own = {path.stem for path in folder.glob("*.py")}
+        if folder.name != "stages":   # two halves, each with its own measurements
+            assert own <= parts, f"{folder} has {own - parts}"
+            assert (studies / f"{folder.name}.py").is_file()
+    for script in studies.glob("*.py"):
+        if "tyro.cli" in script.read_text():
+            tree = ast.parse(script.read_text())
+            assert any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body), script
+
+
+def public_names(path: Path) -> list[str]:
+    """Classes and functions that a module makes for others."""
+    return [node.name for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
+
+
+def test_one_name_is_one_thing():
+    """`main` starts a script, and what a file is called after (`judge.judge`) may be so in each question."""
+    owners: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for name in public_names(path):
+            if name not in ("main", path.stem):
+                owners.setdefault(name, []).append(module)
+    twice = {name: found for name, found in owners.items() if len(found) > 1}
+    assert not twice, f"two things of one name: {twice}"
 
 
 @pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "tests").rglob("*.py"))],

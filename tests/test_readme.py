@@ -1,4 +1,4 @@
-"""The README does what it says: its example runs as printed, its map names what exists."""
+"""The README does what it says: its examples run as printed, its layout names what exists, tables are current."""
 
 from __future__ import annotations
 
@@ -7,28 +7,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_the_ten_lines_run_as_printed():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_the_examples_run_as_printed():
+    ours, others = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", ours], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "relative step of each loop: tensor([" in done.stdout
     assert re.search(r"silencing layer 2's attention in loop 3: tensor\(0\.\d+\)", done.stdout)
 
 
-def test_the_map_names_files_that_exist():
+    done = subprocess.run([sys.executable, "-c", f"import torch\n{others}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "loops: [(0, None), (1, 0), (2, 0), (1, 1), (2, 1), (1, 2), (2, 2), (3, None)]" in done.stdout
+    assert re.search(r"NLL of the next token at each depth: \[[\d. \n]+\]", done.stdout), done.stdout
+
+
+def test_the_layout_names_files_that_exist():
     for folder, names in re.findall(r"\| `(hooks|probes|studies)/` \| (.*?) \|\n", TEXT):
         for name in re.findall(r"`([a-z_]+/?)`", names):
             path = ROOT / folder / name
             assert path.is_dir() or path.with_suffix(".py").exists(), f"README names {folder}/{name}"
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert target.startswith("http") or (ROOT / target).exists(), f"README links to {target}"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_links_within_the_readme_lead_to_a_heading():
+    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in TEXT.splitlines() if line.startswith("#")}
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
 
 
 def test_every_make_target_in_the_readme_exists():
@@ -41,4 +58,15 @@ def test_every_make_target_in_the_readme_exists():
 def test_the_generated_tables_are_up_to_date():
     from studies.readme import current
 
-    assert current() == TEXT, "run `python studies/readme.py`"
+    for path, text in current().items():
+        assert path.read_text() == text, f"{path.name}: run `python studies/readme.py`"
+
+
+def test_the_parts_between_markers_are_replaced():
+    from studies.readme import between
+
+    once = between("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter", "x", "new")
+    assert once == "before\n<!-- x: begin -->\nnew\n<!-- x: end -->\nafter"
+    assert between(once, "x", "new") == once
+    with pytest.raises(ValueError, match="lacks the markers <!-- y: begin -->"):
+        between(once, "y", "new")

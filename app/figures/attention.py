@@ -1,7 +1,7 @@
 """Figures of attention: whole patterns, where one position looks, and flows between masked and visible.
 
-    figure = pattern_maps(pattern, titles, regions, "row")       # pattern over (panel, query, key)
-    figure = flow_curves(summary, "masked", "masked")
+    figure = pattern_maps(pattern, titles, regions, "row", names=task.position_names())    # pattern [panel, query, key]
+    figure = flow_curves(summary, "masked", "masked", over_chance=True)
 """
 
 from __future__ import annotations
@@ -14,18 +14,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 
-from app.figures.style import (
-    CATEGORIES,
-    FAINT,
-    INK,
-    RULE,
-    SHARE,
-    colourbar,
-    depth_axis,
-    depth_names,
-    region_ticks,
-    styled,
-)
+from app.figures.style import colourbar, depth_axis, depth_names, region_ticks, styled
+from studies.palette import CATEGORIES, DIVIDER, FAINT, INK, RULE, SHARE
 
 
 def pattern_maps(pattern: Float[np.ndarray, "panel query key"], titles: Sequence[str], regions: Int[np.ndarray, "pos"],
@@ -89,7 +79,7 @@ def _per_head(values: Float[np.ndarray, "head depth"], axes: xr.Dataset | xr.Dat
                                 hovertemplate="%{text}<br>mean: %{y:.3f}<extra></extra>"))
     styled(figure, height=380)
     depth_axis(figure, axes.layer.values, axes.loop.values)
-    figure.update_shapes(line={"color": "#E4E8EE", "width": 1})
+    figure.update_shapes(line={"color": DIVIDER, "width": 1})
     figure.update_yaxes(title_text=title)
     figure.update_layout(margin={"t": 96, "l": 80}, legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure

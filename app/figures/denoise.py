@@ -1,6 +1,6 @@
 """Figures of the sampler: what it costs and how far it is, step by step.
 
-    figure = step_costs(trace, right, current=3)        # trace as compute.trace_of returns it
+    figure = step_costs(trace, progress, current=3, max_loops=8)     # trace as compute.trace_of returns it
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from app.figures.style import AMOUNT, BLUE, GREEN, ORANGE, RULE, colourbar, region_ticks, styled
+from app.figures.style import colourbar, region_ticks, styled
+from studies.palette import AMOUNT, BLUE, CURRENT, GREEN, ORANGE, RULE
 
 Trace = Sequence[Mapping[str, np.ndarray]]
 
 
 def step_costs(trace: Trace, progress: Mapping[str, Float[np.ndarray, "step"]], *, current: int,
-               bound: int) -> go.Figure:
+               max_loops: int) -> go.Figure:
     """Loops used at each denoising step, above the shares of free positions revealed and right so far."""
     steps = np.arange(len(trace))
     loops = [float(step["loops_used"].mean()) for step in trace]
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.09, row_heights=[0.5, 0.5])
     figure.add_trace(go.Bar(x=steps, y=loops, name="loops used", marker={"color": BLUE},
                             hovertemplate="step %{x}: %{y:.0f} loops<extra></extra>"), row=1, col=1)
-    figure.add_hline(y=bound, line={"color": RULE, "dash": "dash"}, annotation_text=f"at most {bound}",
+    figure.add_hline(y=max_loops, line={"color": RULE, "dash": "dash"}, annotation_text=f"at most {max_loops}",
                      annotation_position="top right", annotation_font={"size": 11}, row=1, col=1)
     for (name, values), (colour, width) in zip(progress.items(), ((ORANGE, 6), (GREEN, 2)), strict=True):
         figure.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines+markers",
                                     line={"color": colour, "width": width}, hovertemplate=f"step %{{x}}: {name} "
                                                                                           f"%{{y:.1%}}<extra></extra>"),
                                                                                           row=2, col=1)
-    figure.add_vrect(x0=current - 0.5, x1=current + 0.5, fillcolor="#E6EDF5", layer="below", line_width=0)
+    figure.add_vrect(x0=current - 0.5, x1=current + 0.5, fillcolor=CURRENT, layer="below", line_width=0)
     styled(figure, height=380)
     figure.update_xaxes(title_text="denoising step", row=2, col=1)
     figure.update_xaxes(tickvals=list(steps) if len(steps) <= 24 else None, range=[-0.6, len(steps) - 0.4],
@@ -41,6 +42,23 @@ def step_costs(trace: Trace, progress: Mapping[str, Float[np.ndarray, "step"]], 
     figure.update_yaxes(title_text="loops", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="share of free positions", range=[-0.03, 1.05], tickformat=".0%", row=2, col=1)
     return figure
+
+
+def loop_changes(trace: Trace, *, current: int) -> go.Figure:
+    """How far each loop of each denoising step moved the state; empty where a loop did not run, and for the first."""
+    longest = max(len(step["change"]) for step in trace)
+    z = np.stack([np.pad(step["change"].astype(float), (0, longest - len(step["change"])), constant_values=np.nan)
+                  for step in trace], 1)[1:]                      # [loop, step]
+    figure = go.Figure(go.Heatmap(
+        z=z, y=np.arange(1, longest), zmin=0, colorscale=AMOUNT, xgap=1, ygap=1, hoverongaps=False,
+        hovertemplate="step %{x}, loop %{y}<br>relative change %{z:.3f}<extra></extra>",
+        colorbar=colourbar("relative change of the state")))
+    figure.add_vrect(x0=current - 0.5, x1=current + 0.5, line={"color": BLUE, "width": 1.5}, fillcolor="rgba(0,0,0,0)")
+    styled(figure, height=max(220, 100 + 26 * longest), legend=False)
+    figure.update_yaxes(title_text="loop", dtick=1 if longest <= 17 else 4, range=[longest - 0.5, 0.5], showgrid=False,
+                        zeroline=False)
+    return figure.update_xaxes(title_text="denoising step", range=[-0.5, len(trace) - 0.5], showgrid=False,
+                               zeroline=False, tickvals=list(range(len(trace))) if len(trace) <= 24 else None)
 
 
 def confidence_grid(trace: Trace, regions: np.ndarray, region_name: str, names: Sequence[str], *, n_tokens: int,

@@ -1,6 +1,6 @@
 """Figures of movement: trajectories in PCA space, curves over loops, and where states still move.
 
-    figure = trajectories(pca.isel(batch=0), regions, "row", layer=2)
+    figure = trajectories(pca.isel(batch=0), regions, "row", positions=[12, 13], layer=2)
     figure = over_loops(moves.step_relative.isel(batch=0), masked)
 """
 
@@ -12,19 +12,9 @@ import xarray as xr
 from jaxtyping import Bool, Int
 from plotly.subplots import make_subplots
 
-from app.figures.grids import Look, key
-from app.figures.style import (
-    AMOUNT,
-    CATEGORIES,
-    FAINT,
-    GREEN,
-    ORANGE,
-    VERMILLION,
-    colourbar,
-    ramp,
-    region_ticks,
-    styled,
-)
+from app.figures.grids import Look
+from app.figures.style import colourbar, key, ramp, region_ticks, styled
+from studies.palette import AMOUNT, CATEGORIES, FAINT, GREEN, ORANGE, VERMILLION
 
 CLASS_COLOURS = {"converged": GREEN, "cyclic": ORANGE, "drifting": VERMILLION}
 
@@ -107,7 +97,7 @@ def distance_grid(distance: xr.DataArray, regions: Int[np.ndarray, "pos"], regio
         z=z, x=distance.loop.values, zmin=low, zmax=high, colorscale=AMOUNT, xgap=1,
         customdata=np.repeat(np.asarray(names, dtype=object)[:, None], z.shape[1], 1), text=values,
         hovertemplate="%{customdata}<br>loop %{x}<br>distance %{text:.2e}<extra></extra>",
-        colorbar=colourbar("distance to the fixed point [1]", tickvals=ticks,
+        colorbar=colourbar("relative distance [1]", tickvals=ticks,
                            ticktext=[f"{10.0 ** k:g}" for k in ticks])))
     styled(figure, height=460, legend=False)
     starts, labels = region_ticks(regions, pixels=390)

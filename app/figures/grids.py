@@ -16,7 +16,8 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
 
-from app.figures.style import FAINT, ORANGE, RULE, SHARE, SKY, VERMILLION, colourbar, styled
+from app.figures.style import colourbar, corner_marks, key, styled
+from studies.palette import FAINT, ORANGE, RULE, SHARE, SKY, VERMILLION
 from studies.tasks import Task
 
 LIGHT, DARK, MASK = "#F2EBDD", "#3B4A5E", "#BCC5D0"
@@ -85,13 +86,13 @@ class Panel:
 
     title: str
     tokens: Int[np.ndarray, "pos"]
-    wrong: Bool[np.ndarray, "pos"] | None = None       # crossed out
+    wrong: Bool[np.ndarray, "pos"] | None = None       # marked in a corner
     marked: Bool[np.ndarray, "pos"] | None = None      # ringed: just revealed
 
 
 def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: int = 15,
                 width: int = 640) -> go.Figure:
-    """Small multiples of token grids, errors crossed out, cells of note ringed.
+    """Small multiples of token grids, errors marked in a corner of their cell, cells of note ringed.
 
     At most ``columns`` beside each other, and no more than can be read in ``width`` pixels.
     """
@@ -99,23 +100,26 @@ def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: 
     n_rows = -(-len(panels) // columns)
     size = min(cell, 13) if look.letters > 2 else cell  # of marks
     height_px = look.shape[0] * cell
-    total = n_rows * (height_px + 34) + 74
+    gap = 20 + 14 * max(1 + panel.title.count("<br>") for panel in panels)   # between rows of panels, for titles
+    total = n_rows * (height_px + gap) + 74
     figure = make_subplots(n_rows, columns, subplot_titles=[panel.title for panel in panels],
                            horizontal_spacing=0.14 / columns if columns > 1 else 0,
-                           vertical_spacing=34 / max(total - 90, 1) if n_rows > 1 else 0)
+                           vertical_spacing=gap / max(total - 56 - gap, 1) if n_rows > 1 else 0)
     for i, panel in enumerate(panels):
         place = {"row": i // columns + 1, "col": i % columns + 1}
         figure.add_trace(_cells(panel.tokens, look), **place)
-        for flags, symbol, colour, name in ((panel.marked, "square-open", ORANGE, "revealed at this step"),
-                                            (panel.wrong, "x-thin", VERMILLION, "wrong")):
-            if flags is not None and flags.any():
-                y, x = np.nonzero(look.grid(flags, False))
-                line = {"width": 2.5, "color": colour}
-                beside = 0.0 if look.letters <= 2 else 0.4 if symbol == "x-thin" else -0.4  # the word, not over it
-                figure.add_trace(go.Scatter(x=x + beside, y=y, mode="markers", showlegend=False, hoverinfo="skip",
-                                            name=name,
-                                            marker={"symbol": symbol, "size": 0.62 * size, "color": colour,
-                                                    "line": line}), **place)
+        if panel.wrong is not None and panel.wrong.any():
+            y, x = np.nonzero(look.grid(panel.wrong, False))
+            across = max(cell, 6 * look.letters + 4)   # about as wide as a cell is drawn
+            figure.add_trace(corner_marks(x, y, name="wrong", colour=VERMILLION,
+                                          share=(0.45 * cell / across, 0.45)), **place)
+        if panel.marked is not None and panel.marked.any():
+            y, x = np.nonzero(look.grid(panel.marked, False))
+            beside = 0.0 if look.letters <= 2 else -0.4   # the word, not over it
+            figure.add_trace(go.Scatter(x=x + beside, y=y, mode="markers", showlegend=False, hoverinfo="skip",
+                                        name="revealed at this step",
+                                        marker={"symbol": "square-open", "size": 0.62 * size, "color": ORANGE,
+                                                "line": {"width": 2.5, "color": ORANGE}}), **place)
     for j in range(len(panels), n_rows * columns):
         figure.update_xaxes(visible=False, row=j // columns + 1, col=j % columns + 1)
         figure.update_yaxes(visible=False, row=j // columns + 1, col=j % columns + 1)
@@ -124,7 +128,7 @@ def token_grids(panels: Sequence[Panel], look: Look, *, columns: int = 6, cell: 
     styled(figure, height=total)
     figure.update_annotations(font={"size": 12, "color": FAINT})
     _board_axes(figure, look, n_rows)
-    figure.update_layout(margin={"l": 36, "r": 8, "t": 64, "b": 30},
+    figure.update_layout(margin={"l": 36, "r": 8, "t": 30 + gap, "b": 30},
                          legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure
 
@@ -202,10 +206,11 @@ def _board_axes(figure: go.Figure, look: Look, n_rows: int) -> None:
 
 
 def _board_titles(figure: go.Figure, look: Look, row: int | None = None) -> None:
-    """Axis titles of the last row's panels and of the first column's."""
+    """Axis titles of the last row's panels (for lines, of its first) and of the first column's."""
     style = {"title_font_size": 11, "title_standoff": 2}
     across, down = look.axis_titles
-    figure.update_xaxes(title_text=across, **style, row=row)
+    only_first = look.is_line and row is not None   # the words for lines are longer than a small panel is wide
+    figure.update_xaxes(title_text=across, **style, row=row, col=1 if only_first else None)
     figure.update_yaxes(title_text=down, **style, col=None if row is None else 1)
 
 
@@ -225,20 +230,12 @@ def _cells(tokens: np.ndarray, look: Look) -> go.Heatmap:
                       hovertemplate="%{customdata[0]}<br>token %{customdata[1]}<extra></extra>")
 
 
-def key(name: str, symbol: str, colour: str) -> go.Scatter:
-    """A legend entry that draws nothing."""
-    return go.Scatter(x=[None], y=[None], mode="markers", name=name, hoverinfo="skip",
-                      marker={"symbol": symbol, "size": 11, "color": colour,
-                              "line": {"width": 1 if symbol == "square" else 2.5,
-                                       "color": RULE if symbol == "square" else colour}})
-
-
 def _legend(figure: go.Figure, look: Look, *, wrong: bool = False, marked: bool = False) -> None:
     if look.binary:
         for token in (0, 1):
             figure.add_trace(key(look.token_names[token], "square", _colour(token, look)))
     figure.add_trace(key("masked", "square", MASK))
     if wrong:
-        figure.add_trace(key("wrong", "x-thin", VERMILLION))
+        figure.add_trace(key("wrong", "triangle-ne", VERMILLION))
     if marked:
         figure.add_trace(key("revealed at this step", "square-open", ORANGE))

@@ -1,6 +1,7 @@
 """Figures of what a lens reads: a token × (loop, layer) grid, and curves per region.
 
-    figure = lens_grid(lens.isel(batch=0), "nll", look, tokens=tokens, positions=range(12))
+    figure = lens_grid(lens.isel(batch=0), "nll", look, tokens=tokens, positions=range(12), region_name="row",
+                       regions=regions)
 """
 
 from __future__ import annotations
@@ -14,19 +15,8 @@ import xarray as xr
 from jaxtyping import Int
 
 from app.figures.grids import Look
-from app.figures.style import (
-    AMOUNT,
-    AROUND_ZERO,
-    FAINT,
-    INK,
-    VERMILLION,
-    colourbar,
-    depth_axis,
-    depth_names,
-    ramp,
-    region_ticks,
-    styled,
-)
+from app.figures.style import colourbar, corner_marks, depth_axis, depth_names, key, ramp, region_ticks, styled
+from studies.palette import AMOUNT, AMOUNT_REVERSED, AROUND_ZERO, DIVIDER, FAINT, INK, SHARE, UNASKED
 
 COLOURS = {
     "nll": "NLL of the truth",
@@ -36,33 +26,45 @@ COLOURS = {
 }
 """What the grid can be coloured by, and how a menu calls it."""
 
-TEXT_UP_TO = 26
-"""Rows above which the predicted token is no longer written into its cell."""
+TEXT_UP_TO, TEXT_UP_TO_IN_ONE = 26, 96
+"""Rows above which the predicted token is no longer written into its cell: where there are regions to choose from, and
+where there is but one."""
+WIDTH = 1000
+"""Pixels across all depths, about as wide as a page draws them."""
 
 
 def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarray, "pos"], positions: Sequence[int],
               region_name: str, regions: Int[np.ndarray, "pos"]) -> go.Figure:
     """Top prediction of every chosen position at every depth of one example: lens over (depth, pos).
 
-    Wrong predictions at masked positions are crossed; hovering lists the likeliest tokens.
+    Positions that were not masked have no answer to give: they are grey and show the token that stands there. Wrong
+    predictions have a dark corner; hovering lists the likeliest tokens.
     """
     shown = lens.isel(pos=list(positions))
-    z = shown[colour].transpose("pos", "depth").values
-    names = np.asarray(look.token_names, dtype=object)
-    few = len(positions) <= TEXT_UP_TO
+    here, asked = tokens[list(positions)][:, None], shown.scored.values[:, None]
+    predicted = shown.prediction.transpose("pos", "depth").values
+    few = len(positions) <= (TEXT_UP_TO if len(np.unique(regions)) > 1 else TEXT_UP_TO_IN_ONE)
+    row = 22 if few else 8
+    cell = WIDTH / shown.sizes["depth"]
+    text = few and cell >= 6 * max(1, look.letters) + 4
     places = depth_names(lens.layer.values, lens.loop.values)
+    common = {"customdata": _hover(shown, look, tokens, positions, places), "xgap": 1, "ygap": 1 if few else 0,
+              "hovertemplate": "%{customdata}<extra></extra>", "hoverongaps": False, "textfont": {"size": 11},
+              "texttemplate": "%{text}" if text else None}
     figure = go.Figure(go.Heatmap(
-        z=z, customdata=_hover(shown, look, tokens, positions, places), hovertemplate="%{customdata}<extra></extra>",
-        text=names[shown.prediction.transpose("pos", "depth").values], texttemplate="%{text}" if few else None,
-        textfont={"size": 11}, ygap=1 if few else 0, xgap=1, **_scale(colour, lens, len(names) - 1)))
-    masked = shown.masked.values[:, None]
-    wrong = masked & (shown.prediction.transpose("pos", "depth").values != tokens[list(positions)][:, None])
-    y, x = np.nonzero(wrong)
-    symbol, size = ("x-thin", 13) if few else ("x-thin", 5)
-    figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name="prediction is wrong", hoverinfo="skip",
-                                marker={"symbol": symbol, "size": size, "color": VERMILLION,
-                                        "line": {"width": 1.8 if few else 1.2, "color": VERMILLION}}))
-    styled(figure, height=max(260, (22 if few else 8) * len(positions) + 130))
+        z=np.where(asked, shown[colour].transpose("pos", "depth").values, np.nan),
+        text=np.where(asked, look.names(predicted), ""), **common, **_scale(colour, lens, len(look.token_names) - 1)))
+    if not asked.all():
+        figure.add_trace(go.Heatmap(
+            z=np.where(asked, np.nan, np.zeros(predicted.shape)), name="not asked", showscale=False,
+            colorscale=[[0, UNASKED], [1, UNASKED]], zmin=0, zmax=1, **common,
+            text=np.where(asked, "", look.names(np.broadcast_to(here, predicted.shape)))))
+        figure.add_trace(key("not asked: visible to the model", "square", UNASKED))
+    y, x = np.nonzero(asked & (predicted != here))
+    figure.add_trace(corner_marks(x, y, name="prediction is wrong", colour=INK,
+                                  share=(min(0.35, 9 / cell), min(0.6, 9 / row))))
+    figure.add_trace(key("prediction is wrong", "triangle-ne", INK))
+    styled(figure, height=max(260, row * len(positions) + 130))
     _position_axis(figure, look, positions, regions, region_name, few)
     figure.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"},
                          margin={"t": 64, "l": 124 if few else 70})
@@ -71,7 +73,7 @@ def lens_grid(lens: xr.Dataset, colour: str, look: Look, *, tokens: Int[np.ndarr
 
 def region_curves(lens: xr.Dataset, value: str, regions: Int[np.ndarray, "pos"], region_name: str) -> go.Figure:
     """A lens value at every depth, averaged over the masked positions of each region: lens over (depth, pos)."""
-    masked = lens.masked.values
+    masked = lens.scored.values
     wanted = [r for r in np.unique(regions) if (masked & (regions == r)).any()]
     figure = go.Figure()
     places = depth_names(lens.layer.values, lens.loop.values)
@@ -100,9 +102,10 @@ def _scale(colour: str, lens: xr.Dataset, n_tokens: int) -> dict[str, Any]:
     if colour == "probability":
         return {"colorscale": AMOUNT, "zmin": 1 / n_tokens, "zmax": 1,
                 "colorbar": colourbar("probability of the prediction")}
-    top = guess if colour == "entropy" else max(float(lens[colour].max()), 1e-6)
+    asked = lens[colour].where(lens.scored)
+    top = guess if colour == "entropy" else float(asked.max().fillna(0).clip(1e-6))
     title = "entropy [nat]" if colour == "entropy" else "KL(final ‖ lens) [nat]"
-    return {"colorscale": "Viridis_r" if colour == "entropy" else "Blues", "zmin": 0, "zmax": top,
+    return {"colorscale": AMOUNT_REVERSED if colour == "entropy" else SHARE, "zmin": 0, "zmax": top,
             "colorbar": colourbar(title)}
 
 
@@ -114,7 +117,7 @@ def _hover(lens: xr.Dataset, look: Look, tokens: np.ndarray, positions: Sequence
     else:
         ids, p = (lens[name].transpose("pos", "depth").values[..., None] for name in ("prediction", "probability"))
     nll = lens.nll.transpose("pos", "depth").values
-    masked = lens.masked.values
+    masked = lens.scored.values
     text = np.empty(ids.shape[:2], dtype=object)
     for i, pos in enumerate(positions):
         role = "masked" if masked[i] else "visible"
@@ -144,7 +147,7 @@ def _position_axis(figure: go.Figure, look: Look, positions: Sequence[int], regi
 
 def _grey_separators(figure: go.Figure) -> go.Figure:
     """On white paper the lines between loops are grey."""
-    figure.update_shapes(line={"color": "#E4E8EE", "width": 1})
+    figure.update_shapes(line={"color": DIVIDER, "width": 1})
     figure.update_annotations(font={"color": FAINT})
     figure.update_layout(font_color=INK)
     return figure

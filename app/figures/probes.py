@@ -10,7 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from app.figures.style import AMOUNT, AROUND_ZERO, FAINT, colourbar, depth_axis, depth_names, ramp, styled
+from app.figures.style import colourbar, depth_axis, depth_names, ramp, styled
+from studies.palette import AMOUNT, AROUND_ZERO, DIVIDER, FAINT
 
 VALUES = {"accuracy": "accuracy", "selectivity": "selectivity", "control_accuracy": "accuracy on the control task"}
 """What the page can show, and how it calls it."""
@@ -59,7 +60,7 @@ def probe_curves(result: xr.Dataset, value: str, region_name: str) -> go.Figure:
                      annotation_position="bottom right", annotation_font={"size": 11, "color": FAINT})
     styled(figure, height=400)
     depth_axis(figure, result.layer.values, result.loop.values)
-    figure.update_shapes(line={"color": "#E4E8EE", "width": 1}, selector={"type": "line", "xref": "x"})
+    figure.update_shapes(line={"color": DIVIDER, "width": 1}, selector={"type": "line", "xref": "x"})
     figure.update_yaxes(title_text=f"{VALUES[value]} [1]")
     figure.update_layout(margin={"t": 84}, legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure

@@ -1,7 +1,4 @@
-"""What all figures share: colours that mean something, one template, and the axis of depth.
-
-Colours are safe for colour-blind readers: Okabe and Ito's eight for categories, viridis and
-blues for amounts, blue–white–red around a zero that means something.
+"""What all figures of the explorer share: one template, and the axis of depth. Colours are in `studies.palette`.
 
     figure = styled(go.Figure(), height=400)
     depth_axis(figure, dataset.layer.values, dataset.loop.values)
@@ -16,13 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
-CATEGORIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, "#5D6D7E", "#000000")
-INK, FAINT, RULE = "#1F2933", "#52606D", "#D9DEE5"
-
-AMOUNT = "Viridis"          # from little to much
-SHARE = "Blues"             # attention: nothing is white, so that the paper shows through
-AROUND_ZERO = "RdBu_r"      # blue below a meaningful zero, red above
+from studies.palette import AMOUNT, BLUE, CATEGORIES, FAINT, GRID, INK, RULE
 
 _FONT = {"family": "Inter, 'Source Sans Pro', 'Source Sans', system-ui, sans-serif", "size": 13, "color": INK}
 
@@ -34,8 +25,8 @@ def styled(figure: go.Figure, *, height: int, legend: bool = True) -> go.Figure:
         margin={"l": 64, "r": 24, "t": 48, "b": 44}, showlegend=legend, hoverlabel={"font": {"size": 12}},
         colorway=list(CATEGORIES), legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0,
                                            "xanchor": "left"})
-    figure.update_xaxes(linecolor=RULE, gridcolor="#EEF1F5", zerolinecolor=RULE, title_font_size=13, title_standoff=8)
-    figure.update_yaxes(linecolor=RULE, gridcolor="#EEF1F5", zerolinecolor=RULE, title_font_size=13, title_standoff=8)
+    figure.update_xaxes(linecolor=RULE, gridcolor=GRID, zerolinecolor=RULE, title_font_size=13, title_standoff=8)
+    figure.update_yaxes(linecolor=RULE, gridcolor=GRID, zerolinecolor=RULE, title_font_size=13, title_standoff=8)
     return figure
 
 
@@ -45,7 +36,31 @@ def colourbar(title: str, **options: object) -> dict[str, object]:
             "outlinewidth": 0, "len": 1.0, **options}
 
 
-def ramp(n: int, scale: str = "Viridis") -> list[str]:
+def corner_marks(x: Sequence[int] | np.ndarray, y: Sequence[int] | np.ndarray, *, name: str, colour: str,
+                 share: tuple[float, float]) -> go.Scatter:
+    """Filled corners, top right, of the cells (x, y) of a grid whose rows go down: what a cell says stays readable.
+
+    ``share`` of a cell's width and height that a corner takes.
+    """
+    across, down = share
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    gap = np.full(len(x), np.nan)
+    right, top = x + 0.46, y - 0.46
+    outline_x = np.stack([right - across, right, right, right - across, gap], -1).ravel()
+    outline_y = np.stack([top, top, top + down, top, gap], -1).ravel()
+    return go.Scatter(x=outline_x, y=outline_y, mode="lines", fill="toself", fillcolor=colour, name=name,
+                      line={"color": "white", "width": 1.2}, hoverinfo="skip", showlegend=False)
+
+
+def key(name: str, symbol: str, colour: str) -> go.Scatter:
+    """A legend entry that draws nothing."""
+    filled = not symbol.endswith(("-open", "-thin"))
+    return go.Scatter(x=[None], y=[None], mode="markers", name=name, hoverinfo="skip",
+                      marker={"symbol": symbol, "size": 11, "color": colour,
+                              "line": {"width": 1 if filled else 2.5, "color": RULE if filled else colour}})
+
+
+def ramp(n: int, scale: str = AMOUNT) -> list[str]:
     """``n`` colours along a sequential scale, its palest end left out so that lines show on white."""
     if n == 1:
         return [BLUE]

@@ -1,16 +1,18 @@
-"""Figure of training: held-out bound or accuracy over FLOPs, a line per run.
+"""Figure of training: held-out NELBO or accuracy over FLOPs, a line per run.
 
     drawn = curves({"automaton-loop": table}, "nelbo")
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.figures.style import CATEGORIES, styled
+from app.figures.style import styled
+from studies.palette import CATEGORIES
 
 AXES = {"nelbo": "held-out NELBO [nat per free token]", "exact": "examples right at S_max, all masked",
         "cells": "free positions right at S_max, all masked", "train_loss": "training loss [nat per free token]"}
@@ -18,7 +20,7 @@ AXES = {"nelbo": "held-out NELBO [nat per free token]", "exact": "examples right
 
 
 def curves(tables: Mapping[str, pd.DataFrame], measure: str) -> go.Figure:
-    """One line per run; bounds on a logarithmic axis, shares from 0 to 1."""
+    """One line per run; NELBOs on a logarithmic axis, shares from 0 to 1."""
     figure = go.Figure()
     for number, (name, table) in enumerate(tables.items()):
         column = measure if measure in table else last_loops(table, measure)
@@ -35,5 +37,5 @@ def curves(tables: Mapping[str, pd.DataFrame], measure: str) -> go.Figure:
 
 def last_loops(table: pd.DataFrame, measure: str) -> str | None:
     """The column of ``measure`` at the most loops it was evaluated with, such as exact@8."""
-    columns = [column for column in table if str(column).startswith(f"{measure}@")]
+    columns = [column for column in table if re.fullmatch(rf"{measure}@\d+", str(column))]
     return max(columns, key=lambda column: int(column.partition("@")[2])) if columns else None

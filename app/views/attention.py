@@ -24,9 +24,9 @@ def main() -> None:
     _gaze(scene, chosen, titles, what, look)
     show.figure(pattern_maps(chosen, titles, scene.task.regions().numpy(), scene.task.region_name,
                              names=scene.task.position_names(), columns=4 if len(titles) <= 8 else 6),
-                f"{what} of this example: each row of pixels is a query, each column a key; rows sum to 1. Lit "
-                "diagonals are "
-                f"steps of a fixed length through the sequence, such as one {scene.task.region_name} back.",
+                f"{what} of this example: each row of pixels is a query, each column a key; rows sum to 1. "
+                f"Bright diagonals are steps of a fixed length through the sequence, such as one "
+                f"{scene.task.region_name} back.",
                 name="patterns", title="Whole patterns", table=lambda: show.table_of(pattern.rename("attention")))
     _flows(scene)
 

@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from app import compute, selection, show
-from app.figures.denoise import confidence_grid, step_costs
+from app.figures.denoise import confidence_grid, loop_changes, step_costs
 from app.figures.grids import Look, Panel, token_grids
 from app.selection import Scene
 
@@ -35,7 +35,7 @@ def main() -> None:
     _step(scene, trace, step)
     left, right = st.columns(2, gap="large")
     with left:
-        show.figure(step_costs(trace, _progress(scene, trace), current=step, bound=scene.n_loops),
+        show.figure(step_costs(trace, _progress(scene, trace), current=step, max_loops=scene.n_loops),
                     "Above, loops used at each step; below, the shares of free positions that are revealed, and right, "
                     "after it. "
                     "The shaded step is the one shown above.", name="step-costs", title="Cost and progress",
@@ -46,6 +46,11 @@ def main() -> None:
                     "Probability of the token drawn at every still masked position; white once revealed, a dot where "
                     "it was.",
                     name="confidence", title="Confidence", table=lambda: _table(scene, trace))
+    if scene.n_loops > 1:
+        show.figure(loop_changes(trace, current=step),
+                    "How far each loop moved the state, relative to its size, on average over positions that were "
+                    "still masked. Rows are loops, counted from 0; the first has none before it to compare with.",
+                    name="loop-changes", title="What each loop changes", table=lambda: _changes(trace))
 
 
 def _config(scene: Scene) -> tuple[dict[str, Any], int]:
@@ -89,8 +94,8 @@ def _step(scene: Scene, trace: list[dict[str, np.ndarray]], step: int) -> None:
     show.figure(token_grids(panels, look, columns=4, cell=22, width=960),
                 f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: {int(here['revealed'].sum())} "
                 "positions "
-                f"revealed with {int(here['loops_used'][0])} loops. Crosses are errors, rings mark what this step "
-                "reveals.",
+                f"revealed with {int(here['loops_used'][0])} loops. Cells with a red corner are errors, rings mark "
+                "what this step reveals.",
                 name="step", title=f"Step {step}", table=lambda: _table(scene, trace))
 
 
@@ -98,6 +103,12 @@ def _progress(scene: Scene, trace: list[dict[str, np.ndarray]]) -> dict[str, np.
     free, truth = scene.free.numpy(), scene.tokens.numpy()
     after = np.stack([step["after"][0] for step in trace])[:, free]
     return {"revealed": (after != scene.task.mask_token_id).mean(1), "right": (after == truth[free]).mean(1)}
+
+
+def _changes(trace: list[dict[str, np.ndarray]]) -> pd.DataFrame:
+    """One row per step and loop."""
+    return pd.concat([pd.DataFrame({"step": int(step["step"]), "loop": np.arange(len(step["change"])),
+                                    "relative_change": step["change"]}) for step in trace])
 
 
 def _table(scene: Scene, trace: list[dict[str, np.ndarray]]) -> pd.DataFrame:

@@ -17,8 +17,8 @@ ROLES = ("masked", "visible", "all")
 def main() -> None:
     scene = selection.choose()
     st.title("Dynamics: where does the state go?", anchor=False)
-    st.markdown("Each position's state after a layer is a point; looping moves it. A loop that has nothing left to do "
-                "takes no more steps, and its state has reached a **fixed point**.")
+    st.markdown("Each position's state after a layer is a point; looping moves it. A state that no longer moves has "
+                "reached a **fixed point**.")
     config = scene.entry.model.config
     layers = [f"layer {config.n_head_layers + i}" for i in range(config.n_loop_layers)]
     with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
@@ -32,7 +32,7 @@ def main() -> None:
                                      key="plane", bind="query-params")
         unit = st.toggle("states of norm 1", value=True, key="unit", bind="query-params",
                          help="Scale every state to norm 1 first. Layers normalise what they read, so its direction is "
-                              "what they see; the residual stream itself may grow without end. Off: states as they "
+                              "what they see; the residual stream itself may keep growing. Off: states as they "
                               "are.")
     where = {"masked": scene.hidden, "visible": ~scene.hidden, "all": scene.hidden | True}[role].numpy()
     if not where.any():
@@ -44,7 +44,7 @@ def main() -> None:
     layer = None if followed == "every layer" else int(followed.split()[-1])
     _paths(scene, pca, where, layer, (int(plane[0]) - 1, int(plane[-1]) - 1))
     if scene.n_loops < 2:
-        st.info("One loop takes no step from loop to loop: choose more loops to see steps and angles.",
+        st.info("Steps and angles compare one loop with the next: choose at least two loops.",
                 icon=":material/footprint:")
     else:
         _steps(moves, where, role)
@@ -87,14 +87,14 @@ def _settling(scene: Scene, moves: xr.Dataset, noised: compute.Rows, layer: int 
     shown = layer if layer is not None else int(moves.layer.values[-1])
     distance = moves.distance_to_fixed_point.sel(layer=shown)
     with left:
-        factor = float(np.exp(np.nanmedian(moves.contraction.sel(layer=shown).values))) if scene.n_loops > 3 else None
-        words = "" if factor is None or np.isnan(factor) else f" In the median each loop multiplies it by {factor:.2f}."
         show.figure(distance_grid(distance, scene.task.regions().numpy(), scene.task.region_name,
                                   scene.task.position_names()),
                     f"Distance of layer {shown}'s state to where {compute.FIXED_POINT_LOOPS} loops take it, relative "
-                    "to its "
-                    f"size.{words} (At the end the largest remaining step is {last:.1e} of the state's size.)",
-                    name="distance", title="Distance to the fixed point", table=lambda: show.table_of(distance))
+                    f"to its size. There the largest remaining step is {last:.1e} of the state's size. "
+                    "A state that has no fixed point, and grows by the same vector in every loop, would still take "
+                    f"steps of {1 / compute.FIXED_POINT_LOOPS:.1e}.",
+                    name="distance", title=f"Distance to the state after {compute.FIXED_POINT_LOOPS} loops",
+                    table=lambda: show.table_of(distance))
     with right:
         classes = compute.token_classes(scene.checkpoint, noised, scene.t).token_class.isel(batch=0)
         show.figure(class_grid(classes, Look.of(scene.task)),

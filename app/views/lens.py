@@ -44,8 +44,11 @@ def main() -> None:
 
 
 def _region(scene: Scene) -> int | None:
+    """The region to show, None for all; there is nothing to choose where the task has but one."""
     name = scene.task.region_name
     numbers = [int(r) for r in scene.task.regions().unique()]
+    if len(numbers) == 1:
+        return None
     choice = st.selectbox("Positions", [f"every {name}", *(f"{name} {r}" for r in numbers)], key="positions",
                           bind="query-params", width=180, label_visibility="collapsed")
     return None if str(choice).startswith("every") else int(str(choice).split()[-1])
@@ -85,13 +88,13 @@ def _stages(scene: Scene, look: Look, lens: xr.Dataset) -> None:
     for end, name in zip([*ends, lens.sizes["depth"] - 1], [*names, "output"], strict=True):
         answer = np.where(hidden, lens.prediction.values[end], truth)
         right = (answer == truth)[hidden].mean() if hidden.any() else 1.0
-        panels.append(Panel(f"{name}: {right:.0%}", answer, wrong=answer != truth))
+        panels.append(Panel(f"{name}<br>{right:.0%}", answer, wrong=answer != truth))
     panels.append(Panel("truth", truth))
     unit = "loop" if scene.n_loops > 1 else "layer"
     show.figure(token_grids(panels, look, columns=5 if len(panels) <= 10 else 7, cell=13 if len(panels) <= 10 else 10),
                 f"The example as the {lens.attrs['kind']} lens fills it in after each {unit}; the share is of masked "
-                "positions that are right, crosses are errors.", name="stages", title=f"What it answers, {unit} by "
-                                                                                      f"{unit}",
+                "positions that are right, cells with a red corner are errors.", name="stages",
+                title=f"What it answers, {unit} by {unit}",
                 table=lambda: show.table_of(lens[["prediction", "probability", "nll"]]))
 
 
@@ -101,14 +104,15 @@ def _grid(scene: Scene, look: Look, lens: xr.Dataset, colour: str) -> None:
         region = _region(scene)
     regions = scene.task.regions().numpy()
     positions = [p for p in range(len(regions)) if region is None or regions[p] == region]
+    choose = (f"Choose one {scene.task.region_name} to read the tokens in the cells. "
+              if len(set(regions.tolist())) > 1 else "")
     drawn = lens_grid(lens, colour, look, tokens=scene.tokens.numpy(), positions=positions, regions=regions,
                       region_name=scene.task.region_name)
     show.figure(drawn, f"Every position (down) at every layer of every loop (across). Colour: {COLOURS[colour]}"
                 + (" (blue is better than a uniform guess, red worse)" if colour == "nll" else "") +
-                ". Crosses are wrong predictions; hover a cell for the likeliest tokens. Choose one "
-                f"{scene.task.region_name} to read the tokens in the cells. Visible positions are never trained to "
-                "answer, "
-                "so they carry no crosses.", name="lens", table=lambda: show.table_of(lens))
+                ". Cells with a dark corner are wrong predictions; hover a cell for the likeliest tokens. "
+                f"{choose}Visible positions are grey: the model sees "
+                "their tokens and is not asked about them.", name="lens", table=lambda: show.table_of(lens))
 
 
 def _curves(scene: Scene, lens: xr.Dataset, colour: str) -> None:

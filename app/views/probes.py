@@ -15,9 +15,8 @@ def main() -> None:
     region = scene.task.region_name
     st.title("Probes: what can be read, and when?", anchor=False)
     st.markdown(f"A linear classifier is trained on the states of one {region} at one layer of one loop, and tested on "
-                "**examples it has not seen**. Beside it stands a **control task** with random answers: *selectivity* "
-                "is what "
-                "is read beyond what such a classifier could memorise.")
+                "**examples it has not seen**. A **control task** with random answers can only be memorised: "
+                "*selectivity* is the accuracy above the control task's.")
     latents = scene.task.latents(scene.batch.tokens)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
         latent = st.segmented_control("Latent variable", list(latents), default=next(iter(latents)), required=True,
@@ -34,9 +33,9 @@ def main() -> None:
     counts = f"{result.attrs['n_train_examples']} examples trained on, {result.attrs['n_test_examples']} tested"
     what = {"accuracy": "Accuracy on held-out examples", "selectivity": "Accuracy minus accuracy on the control task",
             "control_accuracy": "Accuracy on the control task, which only memorising solves"}[value]
-    show.figure(probe_grid(result, value, region), f"{what}, a probe per {region} (down) and layer of every loop "
-                                                   "(across); "
-                f"{counts}. A staircase says that each loop makes another {region} readable.", name="probe-grid",
+    show.figure(probe_grid(result, value, region),
+                f"{what}, a probe per {region} (down) and layer of every loop (across); {counts}. If each loop makes "
+                f"one more {region} readable, the accuracies form a staircase.", name="probe-grid",
                 title=f"*{latent}*, {region} by {region}", table=lambda: show.table_of(result))
     show.figure(probe_curves(result, value, region), "The same as curves"
                 + (", with 95% intervals over held-out examples." if f"{value}_low" in result else "."),

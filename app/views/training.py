@@ -15,14 +15,15 @@ FRESH_S = 300
 
 
 def main() -> None:
-    st.title("Training: who learns what for how many FLOPs?", anchor=False)
-    tables = data.training_tables()
+    st.title("Training: held-out quality over FLOPs", anchor=False)
+    tables, problems = data.training_tables()
+    show.problems(problems)
     if not tables:
         st.info(f"No curves: neither `{data.zoo_folder()}` nor `{data.runs_folder()}` holds any. Start a run with "
                 "`python studies/pretrain.py --preset automaton`; it appears here with its first evaluation.",
                 icon=":material/show_chart:")
         return
-    groups = sorted({group_of(name) for name in tables})
+    groups = sorted({group_of_run(name) for name in tables})
     with st.sidebar:
         group = st.selectbox("Task", groups, key="group", bind="query-params")
         measure = st.selectbox("Measure", list(AXES), format_func=AXES.__getitem__, key="measure", bind="query-params")
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def _drawn(group: str, measure: str) -> None:
-    tables = {name: table for name, table in data.training_tables().items() if group_of(name) == group}
+    tables = {name: table for name, table in data.training_tables()[0].items() if group_of_run(name) == group}
     going = [name for name, age in data.training_ages().items() if name in tables and age < FRESH_S]
     if going:
         st.caption(f":green[:material/play_arrow:] going: {', '.join(going)} (read at {time.strftime('%X')})")
@@ -42,7 +43,7 @@ def _drawn(group: str, measure: str) -> None:
                 title="Curves", table=lambda: long)
 
 
-def group_of(name: str) -> str:
+def group_of_run(name: str) -> str:
     """The task of a run or zoo entry: what its name begins with; ablations are a group of their own."""
     task = name.partition(" ")[0].split("-")[0]
     return f"{task}, ablations" if "-ablation-" in name else task

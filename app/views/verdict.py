@@ -1,6 +1,6 @@
-"""Verdict: the answer to the headline question, its evidence, its controls; and the paper's claims, judged.
+"""Verdict: what was measured on the headline question, and what is open; and the paper's claims, judged.
 
-Reads what `rerun.py`, `compute.py`, `ablations.py` and `longer.py` of studies/ wrote; computes nothing.
+Reads what `rerun.py`, `claims.py`, `ablations.py` and `length_generalization.py` of studies/ wrote; computes nothing.
 """
 
 from __future__ import annotations
@@ -17,36 +17,52 @@ from streamlit.delta_generator import DeltaGenerator
 from app import data, show
 from app.figures.style import styled
 from app.figures.verdict import evidence
-from studies import ablations_report, longer_report, rerun_report
-from studies.results import Results
+from studies.questions.ablations import page as ablations_page
+from studies.questions.ablations.figures import figures as ablations_figures
+from studies.questions.claims.judge import Judgement
+from studies.questions.claims.page import HOW_JUDGED
+from studies.questions.length_generalization import page as length_page
+from studies.questions.length_generalization.figures import rows_figure
+from studies.questions.stages import page as stages_page
+from studies.questions.stages.judge import cell_text, notes
+from studies.results import Results, made_by
 
 SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
+BADGES = {"advances": "blue", "does not advance": "orange"}
+"""Colours of what was decided; grey is what was not."""
 
 
 def main() -> None:
     results = _chosen()
-    views = {"claims": _claims, "ablations": _ablations, "more_rows": _longer}  # by what only their verdicts hold
-    next((view for key, view in views.items() if key in results.verdict), _stages)(results)
+    if results.study not in PAGES:
+        st.error(f"The verdict in `{results.path}` does not name its study: it was made by another version. "
+                 f"Make it again with `{made_by(results.path)}`.", icon=":material/history:")
+        return
+    try:
+        PAGES[results.study](results)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        # what is shown was read from files, which another version, or a hand, may have left incomplete
+        st.error(f"The results in `{results.path}` are incomplete or damaged ({type(error).__name__}: {error}). Make "
+                 f"them again with `{made_by(results.path)}`.", icon=":material/broken_image:")
 
 
 def _stages(results: Results) -> None:
-    """The stage test: its two questions, their answers, and the evidence."""
+    """The headline question: its two halves, what is decided of them, and what was measured."""
     verdict = results.verdict
-    if missing := {"question", "operation", "content", "subjects", "table"} - set(verdict):
+    missing = {"question", "conclusion", "operation", "content", "subjects", "setting", "table"} - set(verdict)
+    missing |= {f"{section}.decision" for section in set(SECTIONS) & set(verdict)
+                if "decision" not in verdict[section]}
+    if missing:
         st.error(f"The verdict in `{results.path}` lacks {', '.join(sorted(missing))}: it was made by another version. "
                  "Make it again with `python studies/rerun.py`.", icon=":material/history:")
         return
     st.title(str(verdict["question"]), anchor=False)
-    if conclusion := verdict.get("conclusion"):
-        words = str(conclusion).removeprefix("So ")
-        st.markdown(f"#### :blue[{words[:1].upper()}{words[1:]}]")
+    st.markdown(f"#### {verdict['conclusion']}")
     st.caption(_setting(verdict))
     for column, (section, title) in zip(st.columns(2), SECTIONS.items(), strict=True):
         with column.container(border=True, height="stretch"):
-            decided = next((v for v in verdict[section].values() if isinstance(v, bool)), None)
-            answer = {True: ":green-badge[:material/check: yes]", False: ":orange-badge[:material/close: not shown]",
-                      None: ""}[decided]
-            st.markdown(f"**{title}** {answer}")
+            decision = verdict[section]["decision"]
+            st.markdown(f"**{title}** :{BADGES.get(decision, 'gray')}-badge[{decision}]")
             st.write(verdict[section].get("words", ""))
     if verdict.get("over_seeds"):
         st.info(verdict["over_seeds"], icon=":material/casino:")
@@ -57,12 +73,13 @@ def _stages(results: Results) -> None:
 
 def _chosen() -> Results:
     """The study to show; stops with the command that makes one where there is none."""
-    found = data.studies_run()
+    found, problems = data.studies_run()
+    show.problems(problems)
     if not found:
         st.title("Do the loops re-run the same stages?", anchor=False)
         st.info(f"No results in `{data.results_folder()}` yet. Make them with `make study` or "
-                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and need "
-                "none.",
+                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and do "
+                "not need results.",
                 icon=":material/science:")
         st.stop()
     with st.sidebar:
@@ -71,8 +88,7 @@ def _chosen() -> Results:
     try:
         return data.load_results(name)
     except (FileNotFoundError, OSError, ValueError) as error:
-        st.error(f"These results cannot be read: {error}. Make them again with `python studies/rerun.py`.",
-                 icon=":material/broken_image:")
+        st.error(f"These results cannot be read: {error}", icon=":material/broken_image:")
         st.stop()
 
 
@@ -81,37 +97,37 @@ def _setting(verdict: dict[str, Any]) -> str:
     task = setting.get("task", {})
     difficulty = ", ".join(f"{key} {value}" for key, value in task.items() if key != "name")
     return (f"Task *{task.get('name', '?')}* ({difficulty}), {setting.get('examples', '?')} held-out examples, noise "
-            "level "
-            f"t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared. Controls: the unlooped deep "
-            "twin "
-            "cut into pseudo-loops, and an untrained LoopMDM.")
+            f"level t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared, beside the unlooped "
+            f"deep twin cut into pseudo-loops and {verdict['subjects'].get('untrained', 'untrained LoopMDMs')}.")
 
 
 def _evidence(verdict: dict[str, Any]) -> None:
-    st.header("The evidence", anchor=False)
+    st.header("What was measured", anchor=False)
     subjects, table = verdict["subjects"], verdict["table"]
     for section, column in zip(SECTIONS, st.columns(2, gap="large"), strict=True):
-        chosen = [row for row in table if row.get("section", "operation") == section]
+        chosen = [row for row in table if row.get("section", "operation") == section
+                  and any("value" in row.get(subject, {}) for subject in subjects)]
         if chosen:
             with column:
-                show.figure(evidence(chosen, subjects), "Each strip is one measure on its own axis: the LoopMDM beside "
-                            "its controls, with 95% bootstrap intervals over held-out examples. The dotted line is 0, "
-                            "or 1 "
-                            "for ratios.", name=f"evidence-{section}", title=section.capitalize(),
+                show.figure(evidence(chosen, subjects), "Each strip is one measure on its own axis: the LoopMDM and "
+                            "the deep twin with 95% bootstrap intervals over held-out examples, the untrained models "
+                            "one by one, with their mean. The dotted line is 0, or 1 for ratios.",
+                            name=f"evidence-{section}", title=section.capitalize(),
                             table=partial(_plain_table, chosen, subjects))
     with st.expander("The same as a table, with definitions", icon=":material/table:"):
         shown = pd.DataFrame([{
-            "measure": row["measure"], **{name: _interval(row.get(s)) for s, name in subjects.items()},
-            "expected": row["expected"], "as expected": {True: "yes", False: "no", None: "–"}[row.get("agrees")],
+            "measure": row["measure"], **{name: cell_text(row.get(s)) for s, name in subjects.items()},
             "definition": row.get("definition", "")} for row in table])
         st.dataframe(shown, hide_index=True, width="stretch",
                      column_config={"definition": st.column_config.TextColumn(width="large")})
+    for note in notes(verdict):
+        st.caption(note)
 
 
 def _figures(results: Results) -> None:
-    st.header("What the evidence rests on", anchor=False)
+    st.header("In detail", anchor=False)
     try:
-        drawn = rerun_report.figures(results.verdict, results.datasets)
+        drawn = stages_page.figures(results.verdict, results.datasets)
     except KeyError as error:
         st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it "
                    "again "
@@ -137,16 +153,18 @@ def _claims(results: Results) -> None:
     st.title("Do the paper's claims hold here?", anchor=False)
     st.caption(f"{verdict.get('task', '')}: claims of arXiv 2605.26106, tested again on "
                f"{len(verdict.get('entries', []))} models of the zoo; seeds {verdict.get('seeds', '?')}.")
-    for letter, judged in verdict["claims"].items():
+    st.caption(HOW_JUDGED)
+    for letter, saved in verdict["claims"].items():
+        judged = Judgement.from_dict(saved)
         with st.container(border=True):
-            colour = {"holds here": "green", "does not hold here": "orange"}.get(judged["word"], "gray")
-            st.markdown(f"**({letter})** {judged['claim']} :{colour}-badge[{judged['word']}]")
-            if note := judged.get("note") or judged.get("missing"):
+            colour = {"holds here": "green", "does not hold here": "orange"}.get(judged.word, "gray")
+            st.markdown(f"**({letter})** {judged.claim} :{colour}-badge[{judged.word}]")
+            if note := " ".join(filter(None, (judged.note, judged.missing))):
                 st.caption(note)
-            if judged.get("quantities"):
-                st.dataframe(pd.DataFrame([{"quantity": q["label"], "estimate": _interval(q), "over": q["over"],
-                                            "judged": q["word"]} for q in judged["quantities"]]),
-                             hide_index=True, width="stretch")
+            if judged.quantities:
+                st.dataframe(pd.DataFrame([{"quantity": q.label, "estimate": q.estimate, "95% interval": q.interval,
+                                            "over": q.over, "judged": "not judged" if q.bound is None else q.word}
+                                           for q in judged.quantities]), hide_index=True, width="stretch")
             picture = results.path / f"{letter}.svg"
             if picture.exists():
                 st.image(str(picture), width=760)
@@ -156,29 +174,31 @@ def _claims(results: Results) -> None:
 def _ablations(results: Results) -> None:
     """What each change of the LoopMDM does to whether its loops settle."""
     verdict = results.verdict
-    st.title("What decides whether the loops settle?", anchor=False)
+    st.title(ablations_page.TITLE + "?", anchor=False)
     st.caption(f"LoopMDMs of six layers on *{verdict['task']}*, one change each, trained for the same FLOPs; "
                f"{verdict['setting']['examples']} held-out examples, every free position masked. Ranges are over "
                "training seeds; a number without one is a single run.")
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
-    st.dataframe(pd.DataFrame(ablations_report.rows(verdict)), hide_index=True, width="stretch",
+    st.dataframe(pd.DataFrame(ablations_page.table_rows(verdict)), hide_index=True, width="stretch",
                  column_config={"change": st.column_config.TextColumn(pinned=True)})  # the table is wider than the page
+    for note in ablations_page.undefined_notes(verdict):
+        st.caption(note)
     with st.expander("Definitions", icon=":material/menu_book:"):
         st.markdown("\n".join(f"- **{m['name']}**: {m['definition']}" for m in verdict["measures"].values()))
-    for number, (title, (what, drawn)) in enumerate(ablations_report.figures(results.datasets["curves"]).items()):
+    for number, (title, (what, drawn)) in enumerate(ablations_figures(results.datasets["curves"]).items()):
         show.figure(styled(drawn, height=460), what, name=f"ablations-{number}", title=title,
                     table=partial(_every_number, results))
     _provenance(results)
 
 
-def _longer(results: Results) -> None:
+def _length_generalization(results: Results) -> None:
     """How far models get on more rows of an automaton than they were trained on."""
-    st.title("Does a model go on beyond the rows of its training?", anchor=False)
+    st.title("Can a model fill more rows than it was trained on?", anchor=False)
     st.markdown(results.verdict["words"])
-    st.dataframe(longer_report.table(results.datasets["curves"]), hide_index=True)
-    drawn = styled(longer_report.figure(results.datasets["curves"]), height=460)
+    st.dataframe(length_page.table(results.datasets["curves"]), hide_index=True)
+    drawn = styled(rows_figure(results.datasets["curves"]), height=460)
     drawn.update_layout(margin={"t": 84}, legend={"y": 1, "yref": "container", "yanchor": "top"})
-    show.figure(drawn, longer_report.WHAT,
+    show.figure(drawn, length_page.WHAT,
                 name="longer", title="Cells right by row", table=partial(_every_number, results))
     _provenance(results)
 
@@ -210,7 +230,9 @@ def _provenance(results: Results) -> None:
 
 
 def _plain_table(rows: list[dict[str, Any]], subjects: dict[str, str]) -> pd.DataFrame:
-    return pd.DataFrame([{"measure": row["measure"], "subject": name, **row[s], "definition": row.get("definition", "")}
+    ends = ("value", "low", "high")
+    return pd.DataFrame([{"measure": row["measure"], "subject": name, **{end: row[s].get(end) for end in ends},
+                          "definition": row.get("definition", "")}
                          for row in rows for s, name in subjects.items() if s in row])
 
 
@@ -232,5 +254,9 @@ def _interval(cell: dict[str, float | None] | None) -> str:
     interval = "" if cell["low"] is None or cell["high"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
     return f"{cell['value']:.3f}{interval}"
 
+
+PAGES = {"stages": _stages, "claims": _claims, "ablations": _ablations,
+         "length_generalization": _length_generalization}
+"""The page of each study."""
 
 main()

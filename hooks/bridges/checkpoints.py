@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hooks.model.config import LoopMDMConfig
 from hooks.model.hooked import HookedLoopMDM
-from hooks.model.loopmdm import LoopMDMConfig
 from hooks.topology import Topology
 
 TimeConditioning = Literal["none", "t", "sigma", "constant"]
@@ -58,7 +58,8 @@ def load_checkpoint(path: str | Path, topology: Topology, *, ema: bool = True, n
     ``topology.n_loops`` becomes ``max_loops`` (S_max). With ``ema``, the averaged weights are used where the
     file has them. What is not given is taken from the file's own configuration, ``n_heads`` and ``max_seq_len``
     from ``model.n_heads`` and ``model.length``, conditioning from ``time_conditioning``; the mask is the last
-    token unless said otherwise. Raises FileNotFoundError, or ValueError naming the file and the tensor.
+    token unless said otherwise. Raises FileNotFoundError or IsADirectoryError, or ValueError naming the file and
+    the tensor.
     """
     path = Path(path)
     content = _read(path)
@@ -114,6 +115,9 @@ def _read(path: Path) -> dict[str, Any]:
     """The file's content; classes that are not tensors become placeholders without behaviour."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the file in it that holds the weights "
+                                "(a .ckpt, .pt or .safetensors).")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

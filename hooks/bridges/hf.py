@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from hooks.model.config import FOR_TRANSFORMERS, LoopMDMConfig
 from hooks.model.hooked import HookedLoopMDM
-from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDMConfig
 
 
 class LoopMDMPretrainedConfig(PretrainedConfig):
@@ -80,8 +80,8 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         """Logits [batch, pos, vocab]; with ``labels`` (−100: not counted) also their mean cross-entropy.
 
         That loss is transformers' own for masked models; the objective a LoopMDM is trained on weights
-        it by 1/t: `hooks.model.diffusion`. ``attention_mask`` must be all ones. Once TransformerLens has
-        wrapped the model, it runs unrolled at the number of loops for which it was wrapped.
+        it by 1/t: `hooks.model.diffusion`. ``attention_mask`` [batch, pos] is 0 at padding. Once TransformerLens has
+        wrapped the model, it runs unrolled at the number of loops for which it was wrapped, and takes no padding.
         """
         unrolled = getattr(self, "unrolled", None)
         if unrolled is not None:
@@ -92,9 +92,7 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         else:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("a LoopMDM takes tokens: pass input_ids, not inputs_embeds.")
-            if attention_mask is not None and not bool((attention_mask == 1).all()):
-                raise ValueError("a LoopMDM attends to every position: attention_mask must be all ones.")
-            logits = self.model(input_ids, n_loops, t=t)
+            logits = self.model(input_ids, n_loops, t=t, attention_mask=attention_mask)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -105,15 +103,18 @@ class LoopMDMForMaskedLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any,  # type: ignore[override]
                         config: LoopMDMPretrainedConfig | None = None, dtype: Any = None, torch_dtype: Any = None,
                         **kwargs: Any) -> LoopMDMForMaskedLM:
-        """A folder or a hub id, read by `HookedLoopMDM.from_pretrained`, with its checks and its messages."""
+        """A folder or a hub id, read by `HookedLoopMDM.from_pretrained`, with its checks and its messages.
+
+        ``dtype`` (a torch.dtype or its name) is that of the weights, by default float32.
+        """
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
                if key in kwargs}
-        loaded = HookedLoopMDM.from_pretrained(str(pretrained_model_name_or_path), **hub)
+        loaded = HookedLoopMDM.from_pretrained(pretrained_model_name_or_path, **hub)
         wrapped = cls(config or LoopMDMPretrainedConfig(**loaded.config.to_dict()))
         wrapped.model = loaded
         wanted = dtype if dtype is not None else torch_dtype
-        if isinstance(wanted, torch.dtype):
-            wrapped.model.to(wanted)
+        if wanted is not None:
+            wrapped.model.to(_precision(wanted))
         return wrapped.eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
@@ -123,11 +124,20 @@ class LoopMDMForMaskedLM(PreTrainedModel):
         self.model.save_pretrained(save_directory)
 
 
-def register() -> None:
+def _precision(dtype: Any) -> torch.dtype:
+    """A dtype, given as such or by its name, as transformers takes it."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype or its name, not {dtype!r}; "
+                         "by default a model is loaded in float32.")
+    return found
+
+
+def _register_auto_classes() -> None:
     """Make transformers' Auto classes know LoopMDM. Importing this module does so."""
     AutoConfig.register(LoopMDMPretrainedConfig.model_type, LoopMDMPretrainedConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForMaskedLM):
         auto.register(LoopMDMPretrainedConfig, LoopMDMForMaskedLM, exist_ok=True)
 
 
-register()
+_register_auto_classes()

@@ -43,8 +43,9 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 from hooks.bridges.unroll import LoopEntry, UnrolledAttention, UnrolledLoopMDM
 from hooks.bridges.weight_views import Readout
+from hooks.model.config import LoopMDMConfig
 from hooks.model.layers import Rotary
-from hooks.model.loopmdm import LoopMDM, LoopMDMConfig
+from hooks.model.loopmdm import LoopMDM
 
 ARCHITECTURE = "LoopMDMForMaskedLM"
 
@@ -174,7 +175,7 @@ class LoopNormBridge(NormalizationBridge):
 
     def forward(self, hidden_states: Float[Tensor, "... d_model"], **kwargs: Any) -> Float[Tensor, "... d_model"]:
         hidden_states = self.hook_in(hidden_states)
-        if self.hook_scale.has_hooks("both") or self.hook_normalized.has_hooks("both"):
+        if _hooked(self.hook_scale) or _hooked(self.hook_normalized):
             return self.hook_out(self._python_norm_forward(hidden_states))
         assert self.original_component is not None
         return self.hook_out(self.original_component(hidden_states))
@@ -212,7 +213,7 @@ class LoopAttentionBridge(PositionEmbeddingsAttentionBridge):
             self._modulation = self._captured_pre_ln_residual = None
         q, k = core.turned(q, k, rotary)
         q, k, v = self.hook_rot_q(q), self.hook_rot_k(k), v.transpose(1, 2)
-        if self.hook_attn_scores.has_hooks("both") or self.hook_pattern.has_hooks("both"):
+        if _hooked(self.hook_attn_scores) or _hooked(self.hook_pattern):
             z = self.hook_pattern(self.hook_attn_scores(core.scores(q, k)).softmax(-1)) @ v
         else:
             z = F.scaled_dot_product_attention(q, k, v)
@@ -281,7 +282,7 @@ class LoopEntryBridge(GeneralizedComponent):
 
     def __init__(self, name: str, config: LoopMDMConfig):
         super().__init__(name)
-        if config.input_injection == "add":
+        if config.input_injection != "none":
             self.hook_injection = HookPoint()
         if config.loop_embedding == "learned":
             self.hook_loop_embed = HookPoint()
@@ -291,12 +292,12 @@ class LoopEntryBridge(GeneralizedComponent):
         self.is_list_item = False  # one per loop, but no layer: TransformerLens counts lists of list items as blocks
 
     def forward(self, hidden_states: Float[Tensor, "batch pos d_model"],  # type: ignore[override]
-                embedded: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+                injected: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         entry = self.original_component
         assert isinstance(entry, LoopEntry)
         hooks = {name: self._modules[f"hook_{name}"] for name in ("injection", "loop_embed")
                  if f"hook_{name}" in self._modules}
-        return self.hook_out(entry(self.hook_in(hidden_states), embedded, **hooks))
+        return self.hook_out(entry(self.hook_in(hidden_states), injected, **hooks))
 
 
 class ReadoutBridge(UnembeddingBridge):
@@ -314,3 +315,6 @@ class ReadoutBridge(UnembeddingBridge):
         return self.hook_out(readout.project(gained, **kwargs))
 
 
+def _hooked(point: Any) -> bool:
+    """Is anything attached, by TransformerLens or (`hooks.watch`) by torch?"""
+    return bool(point.has_hooks("both") or point._forward_hooks or point._forward_pre_hooks)

@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, Positions, Readout
-from hooks.model.layers import MLP, Attention, Block, Norm, Rotary, rotate
+from hooks.bridges.weight_views import Condition, Gate, GatedLinear, LinearRows, PositionTable, Readout
+from hooks.model.layers import MLP, Attention, Block, NormLayer, Rotary, rotate
 from hooks.model.loopmdm import LoopMDM
 
 
@@ -52,7 +52,7 @@ class UnrolledLoopMDM(nn.Module):
         fixed = None if t is None else self._fixed_condition
         self.tok_embed = looped.embed
         if config.position != "rotary":
-            self.pos = Positions(looped)
+            self.pos = PositionTable(looped)
         self.entries = nn.ModuleList(LoopEntry(looped, k) for k in range(self.n_loops))
         self.layers = nn.ModuleList(UnrolledBlock(_block(looped, layer), fixed)
                                     for layer, _ in self.topology.unrolled())
@@ -69,8 +69,8 @@ class UnrolledLoopMDM(nn.Module):
         positions, and for ``inputs_embeds`` where the tokens themselves are needed.
         """
         if attention_mask is not None and not bool((attention_mask == 1).all()):
-            raise ValueError("a LoopMDM attends to every position, masked tokens included: attention_mask must be "
-                             "all ones. Cut the sequence instead of padding it.")
+            raise ValueError("the unrolled network attends to every position: attention_mask must be all ones. Give it "
+                             "sequences of one length, or run the looped model, which takes padding.")
         if input_ids is not None:
             tokens, _ = self.looped._checked(input_ids, self.n_loops)
             x = self.tok_embed(tokens)
@@ -81,11 +81,13 @@ class UnrolledLoopMDM(nn.Module):
         else:
             raise ValueError("give the tokens (input_ids), or the residual stream that enters layer 0 (inputs_embeds).")
         condition = self._condition(input_ids, t)
-        embedded, rotary = x, self._rotary(x.shape[1])
+        embedded = injected = x
+        rotary = self.looped.rotary(x.shape[1])
         for depth, layer in enumerate(self.layers):
             loop = self.loop_entered_at(depth)
             if loop is not None:
-                x = self.entries[loop](x, embedded)
+                injected = self.looped.injected(embedded, x) if loop == 0 else injected
+                x = self.entries[loop](x, injected)
             x = layer(x, rotary=rotary, condition=condition)
         return self.head(self.ln_out(x), condition=condition)
 
@@ -96,11 +98,6 @@ class UnrolledLoopMDM(nn.Module):
         return loop if past >= 0 and loop < self.n_loops and within == 0 else None
 
     # ------------------------------------------------------------------ private
-
-    def _rotary(self, pos: int) -> Rotary | None:
-        if self.looped.config.position == "learned":
-            return None
-        return self.looped.rotary_cos[:pos], self.looped.rotary_sin[:pos]
 
     def _fixed_condition(self) -> Condition:
         assert self.t is not None
@@ -128,9 +125,12 @@ class UnrolledLoopMDM(nn.Module):
     def _entering(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         resumed = getattr(self.layers[0], "_start_at_layer_idx", None)
         last_entry = self.topology.n_head + (self.n_loops - 1) * self.topology.n_mid
-        if self.looped.config.input_injection == "add" and resumed is not None and resumed < last_entry:
-            raise ValueError(f"start_at_layer={resumed} cannot be used here: this model adds the token embedding again "
-                             "at each later loop (input_injection='add'), and a residual stream does not hold it. "
+        injection = self.looped.config.input_injection
+        first = self.topology.n_head if injection == "head" else 0   # where what is injected is known no more
+        if injection != "none" and resumed is not None and first <= resumed < last_entry:
+            what = "the head's output" if injection == "head" else "the token embedding"
+            raise ValueError(f"start_at_layer={resumed} cannot be used here: this model adds {what} again at each "
+                             f"later loop (input_injection={injection!r}), and a residual stream does not hold it. "
                              "Patch hook_resid_pre in a run from tokens instead.")
         if residual.shape[1] > self.looped.config.max_seq_len:
             raise ValueError(f"the sequence has {residual.shape[1]} positions, the model takes at most "
@@ -180,7 +180,7 @@ class UnrolledNorm(nn.Module):
 
     bias = None
 
-    def __init__(self, source: Norm, scaled: bool = True):
+    def __init__(self, source: NormLayer, scaled: bool = True):
         super().__init__()
         self.source, self.scaled = source, scaled
 
@@ -259,16 +259,16 @@ class LoopEntry(nn.Module):
 
     def __init__(self, looped: LoopMDM, k: int):
         super().__init__()
-        self.injects = looped.config.input_injection == "add"
+        self.injects = looped.config.input_injection != "none"
         self.table = looped.loop_embed if looped.config.loop_embedding == "learned" else None
         self.row = min(k, looped.config.max_loops - 1)
 
-    def forward(self, hidden_states: Float[Tensor, "batch pos d_model"], embedded: Float[Tensor, "batch pos d_model"],
+    def forward(self, hidden_states: Float[Tensor, "batch pos d_model"], injected: Float[Tensor, "batch pos d_model"],
                 injection: Callable[[Tensor], Tensor] = lambda x: x,
                 loop_embed: Callable[[Tensor], Tensor] = lambda x: x) -> Float[Tensor, "batch pos d_model"]:
         x = hidden_states
         if self.injects:
-            x = x + injection(embedded)
+            x = x + injection(injected)
         if self.table is not None:
             x = x + loop_embed(self.table.weight[self.row].expand_as(x))
         return x

@@ -1,7 +1,7 @@
 """Weights in the shapes that TransformerLens asks for, read from the looped model's parameters when asked.
 
 None of these layers owns a weight. `LinearRows` is a part of a fused layer, `GatedLinear` a layer
-with its output gate multiplied in, `Positions` the sum of position tables, `Readout` the unembedding
+with its output gate multiplied in, `PositionTable` the sum of position tables, `Readout` the unembedding
 with the final norm's scale in it. `hooks.bridges.unroll` builds the unrolled network from them.
 
     LinearRows(block.attn.qkv, 0, 64).weight        # a view: editing qkv.weight edits it
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from hooks.model.loopmdm import LoopMDM
 
-Condition = Float[Tensor, "batch d_cond"]
+Condition = Float[Tensor, "#batch d_cond"]
+"""One row for all examples where a network is unrolled at one noise level."""
 Gate = Callable[[], Float[Tensor, "d_model"]] | None
 
 
@@ -56,7 +57,7 @@ class GatedLinear(nn.Linear):
         return None if self.source.bias is None else self.source.bias * self.gate()
 
 
-class Positions(nn.Module):
+class PositionTable(nn.Module):
     """Learned positions: one table, or the sum of the tables of ``position_groups``."""
 
     def __init__(self, looped: LoopMDM):

@@ -19,19 +19,20 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooks.contract import HookList, Inputs, Kind, Levels, LoopedModel, Unavailable, tensors_of
+from hooks.contract import Forward, HookList, Inputs, Kind, Levels, LoopedModel, Unavailable, tensors_of
 from hooks.foreign import payload
-from hooks.foreign.architectures import Architecture, declared, element, known
+from hooks.foreign.architectures import Architecture, declared, known, pattern_element
 from hooks.foreign.discovery import discover, random_state_kept
+from hooks.foreign.layouts import BATCH_FIRST, StateLayout, declared_layout
 from hooks.foreign.places import places_of
-from hooks.foreign.replay import CANONICAL, StateAxes, Trace, record
+from hooks.foreign.replay import Trace, canonical, record
 from hooks.foreign.schedules import Counted, Cycles, Discovered, Schedule, Scheduled
 from hooks.foreign.watching import watch
 from hooks.recording import Cut, Recording, Reducer
@@ -68,7 +69,7 @@ def adopt(module: nn.Module, *, layers: Sequence[str] | None = None, n_loops: in
         raise TypeError(f"adopt takes an nn.Module, not {type(module).__name__}.")
     architecture = known(module) if layers is None else None
     if architecture is None:
-        architecture = declared(module, layers, n_loops, attention, schedule)
+        architecture = declared(module, layers, n_loops, schedule)
     elif schedule is not None:
         raise ValueError("schedule belongs to layers: name both, or neither for a model that is known.")
     return AdoptedModel(module, architecture, n_loops=n_loops, readout=readout, attention=attention, axes=axes,
@@ -92,15 +93,20 @@ class AdoptedModel(LoopedModel):
     def __init__(self, module: nn.Module, architecture: Architecture, *, n_loops: int | str | None,
                  readout: Readout | None, attention: str | None, axes: Sequence[str] | None, tokenizer: Any,
                  seed: int):
+        if attention is not None:
+            architecture = replace(architecture, attention=pattern_element(attention))
         self.module, self.architecture, self.tokenizer, self.seed = module, architecture, tokenizer, seed
         self._drew = False
         self._max_loops = n_loops if isinstance(n_loops, int) else architecture.n_loops
-        self._attention = attention
-        self._axes = None if axes is None else StateAxes(tuple(axes))
+        self._layout = None if axes is None else declared_layout(tuple(axes))
+        if self._layout is not None and set(self._layout.own) not in ({*BATCH_FIRST}, {"batch", "d_model"}):
+            raise ValueError(f"axes name the layout of a state: {BATCH_FIRST} in some order, or ('batch', 'd_model') "
+                             f"where there are no positions, not {tuple(axes or ())!r}.")
         self._lock = threading.RLock()
         self._parameters = inspect.signature(module.forward).parameters
         self._readout = module.get_submodule(readout) if isinstance(readout, str) else readout
         self._checked_readout = False
+        self._seen: StateLayout | None = None   # of states with two axes, once one was seen
         self._counted: dict[int, Discovered] = {}
         self.topology(self._max_loops)
 
@@ -118,6 +124,10 @@ class AdoptedModel(LoopedModel):
     def max_loops(self) -> int:
         return self._max_loops
 
+    @property
+    def mask_token_id(self) -> int | None:
+        return getattr(self.tokenizer, "mask_token_id", None)
+
     def topology(self, n_loops: int | None = None) -> Topology:
         n_loops = self._max_loops if n_loops is None else n_loops
         if not isinstance(n_loops, int) or isinstance(n_loops, bool) or n_loops < 1:
@@ -133,22 +143,20 @@ class AdoptedModel(LoopedModel):
         return places_of(self.module, self._schedule(n_loops)).space
 
     def site(self, depth: int, kind: Kind = "resid_post", *, n_loops: int | None = None) -> str:
-        hook = self.architecture.hooks.get(kind)
-        if hook is None:
+        if kind not in self.architecture.hooks:
             raise Unavailable(f"{self.name} has no site of its own for {kind}: hooks.describe(module, inputs) lists "
                               "its modules, and each has hook_in and hook_out.")
-        return self.topology(n_loops).site_at(depth, hook)
+        return self.topology(n_loops).site_at(depth, f"hook_{kind}")
 
     def attention(self, depth: int, *, n_loops: int | None = None) -> str:
-        relative = self.architecture.attention if self._attention is None else element(self._attention)
-        if relative is None:
+        if self.architecture.attention is None:
             raise Unavailable(f"{self.name}: where the attention pattern of a layer is, is not known. If a module of "
                               "the layer returns it, pass adopt(..., attention='attn.hook_out.1').")
         chosen = getattr(getattr(self.module, "config", None), "_attn_implementation", None)
         if self.architecture.needs_eager and chosen not in (None, "eager"):
             raise Unavailable(f"{self.name} runs attention in a fused kernel ({chosen}), which makes no pattern: load "
                               "it with attn_implementation=\"eager\".")
-        return self.topology(n_loops).site_at(depth, relative)
+        return self.topology(n_loops).site_at(depth, "attn.hook_pattern")
 
     # ---- running, recording, editing
 
@@ -173,7 +181,14 @@ class AdoptedModel(LoopedModel):
             self._count_modules(inputs, n_loops)
             with self._watch(n_loops, names_filter, reduce=reduce, pos_slice=pos_slice, batch_slice=batch_slice,
                              dtype=dtype, device=device, gradients=loss_fn is not None) as rec:
-                logits = self(inputs, n_loops)
+                try:
+                    logits = self(inputs, n_loops)
+                except TypeError as error:
+                    if (sought := self.architecture.attention) is None or f"{sought}" not in str(error):
+                        raise
+                    raise Unavailable(f"{self.name} makes no attention pattern at {sought} (a fused kernel makes "
+                                      "none): load it with attn_implementation=\"eager\" if it has that, or name the "
+                                      "module that returns it, adopt(..., attention='attn.hook_out.1').") from error
                 if loss_fn is not None:
                     loss_fn(logits).backward()
             rec.topology = self.topology(n_loops)
@@ -206,8 +221,9 @@ class AdoptedModel(LoopedModel):
         with self.exclusive():
             topology = self.topology(n_loops)
             trace = record(lambda index: self._run(inputs if index is None else self.select(inputs, index), n_loops),
-                           self.architecture.order(self.module, topology.n_loops), self._axes_of, lambda: self._drew)
+                           self.architecture.order(self.module, topology.n_loops), self._layout_of, lambda: self._drew)
             context = ForeignContext(topology, trace)
+            self._seen = trace.layout if trace.layout.own == ("batch", "d_model") else None
             self._check_readout(context)
             return trace.entered, context
 
@@ -236,19 +252,26 @@ class AdoptedModel(LoopedModel):
         with self.exclusive():
             if self._readout is None:
                 return self._logits(context.trace.replay(context.topology.depth, None, state))
-            axes: StateAxes = context.trace.axes
-            return axes.canonical(self._readout(axes.native(state)), "the readout's result")
+            layout: StateLayout = context.trace.layout
+            return canonical(layout, self._readout(layout.original(state)), "the readout's result")
+
+    def run(self, inputs: Inputs, n_loops: int | None = None, *, t: Levels = None) -> Forward:
+        _, context = self.enter(inputs, n_loops)
+        states = tuple(context.trace.state(depth) for depth in range(context.topology.depth + 1))
+        own = self._logits(context.trace.answer) if self._own_logits() else self.read(states[-1], context)
+        return Forward(states, own, context)
 
     # ---- what its answers are about
 
     def scored(self, inputs: Inputs) -> Bool[Tensor, "batch pos"]:
         tokens = self._tokens(inputs)
-        if self.architecture.answers == "masked" or (self.architecture.answers == "any" and self._mask_id is not None):
-            if self._mask_id is None:
+        answers = self.architecture.answers
+        if answers == "masked" or (answers == "any" and self.mask_token_id is not None):
+            if self.mask_token_id is None:
                 raise Unavailable(f"{self.name} is a masked model, and which token is the mask is not known: adopt it "
                                   "with tokenizer=, whose mask_token_id says it.")
-            return tokens == self._mask_id
-        if self.architecture.answers == "next":
+            return tokens == self.mask_token_id
+        if answers == "next":
             real = self._real(inputs, tokens)
             return torch.cat([real[:, 1:] & real[:, :-1], torch.zeros_like(real[:, :1])], dim=1)
         return torch.ones_like(tokens, dtype=torch.bool)
@@ -319,8 +342,8 @@ class AdoptedModel(LoopedModel):
         except (Unavailable, ValueError):  # it answers in something else: then the readout is all there is
             own = last
         if own.shape == read.shape and not (own.shape == last.shape and torch.equal(own, last)):
-            apart = float((own - read).abs().max())
-            if not apart <= 1e-3 * (1 + float(own.abs().max())):
+            apart = float((own - read).detach().abs().max())
+            if not apart <= 1e-3 * (1 + float(own.detach().abs().max())):
                 raise ValueError(f"the readout of the last layer's state differs from what {self.name} answers, by up "
                                  f"to {apart:.3g}: layers between the loop and the answer are missing from layers=, or "
                                  "leave readout out, and the model's own code reads the state.")
@@ -336,20 +359,18 @@ class AdoptedModel(LoopedModel):
                 raise Unavailable(f"{self.name} answers with {type(answer).__name__}, in which there are no logits: "
                                   "adopt the model with its head, or pass readout=, a function of the state.")
             answer = named
-        axes = self._axes or StateAxes(("batch", "d_model") if answer.ndim == 2 else CANONICAL)
-        return axes.canonical(answer, "the model's answer")
+        return canonical(self._layout_of(answer), answer, "the model's answer")
 
-    def _axes_of(self, state: Tensor) -> StateAxes:
-        if self._axes is None:
-            return StateAxes(("batch", "d_model") if state.ndim == 2 else CANONICAL)
-        return self._axes
+    def _layout_of(self, state: Tensor) -> StateLayout:
+        if self._layout is None:
+            return StateLayout(("batch", "d_model") if state.ndim == 2 else BATCH_FIRST)
+        return self._layout
 
     def _input_batch(self, tensor: Tensor) -> int:
         """Which axis of the inputs counts examples."""
-        if self._axes is None or tensor.ndim < 2:
+        if self._layout is None or tensor.ndim < 2:
             return 0
-        order = [name for name in self._axes.names if name != "d_model"]
-        return order.index("batch")
+        return [name for name in self._layout.own if name != "d_model"].index("batch")
 
     def _tokens(self, inputs: Inputs) -> Tensor:
         """The tokens [batch, pos], or for inputs that are not tokens zeros of that shape."""
@@ -359,7 +380,7 @@ class AdoptedModel(LoopedModel):
         if self._input_batch(first):
             first = first.transpose(0, 1)
         if first.is_floating_point():
-            without = self._axes is not None and "pos" not in self._axes.names
+            without = self._layout is not None and "pos" not in self._layout.own
             return first.new_zeros(first.shape[:2] if first.ndim > 2 and not without else (len(first), 1),
                                    dtype=torch.long)
         return first if first.ndim > 1 else first[:, None]
@@ -370,10 +391,6 @@ class AdoptedModel(LoopedModel):
         return mask.bool() if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(
             tokens, dtype=torch.bool)
 
-    @property
-    def _mask_id(self) -> int | None:
-        return getattr(self.tokenizer, "mask_token_id", None)
-
     def _schedule(self, n_loops: int | None) -> Scheduled:
         n_loops = self.topology(n_loops).n_loops
         return Counted(self.architecture.schedule(n_loops), self._counted.get(n_loops))
@@ -381,8 +398,12 @@ class AdoptedModel(LoopedModel):
     def _count_modules(self, inputs: Inputs, n_loops: int | None) -> None:
         """Once for each number of loops: how often the modules around the layers run, which nobody has declared."""
         n_loops = self.topology(n_loops).n_loops
+        if self._layout is None and tensors_of(inputs)[0].is_floating_point():
+            self._seen = StateLayout(("batch", "d_model")) if tensors_of(inputs)[0].ndim == 2 else None
         if n_loops not in self._counted:
-            self._counted[n_loops] = discover(self.module, run=lambda: self._run(inputs, n_loops)).schedule
+            self._counted[n_loops] = discover(self.module, call=lambda: self._run(inputs, n_loops)).schedule
 
     def _watch(self, n_loops: int | None, sites: SitePattern, **options: Any) -> Any:
-        return watch(self.module, sites, schedule=self._schedule(n_loops), **options)
+        axes = self._layout or self._seen
+        return watch(self.module, sites, schedule=self._schedule(n_loops), axes=None if axes is None else axes.own,
+                     **options)

@@ -20,7 +20,7 @@ from torch import nn
 
 from hooks.foreign.discovery import is_bridge
 from hooks.foreign.schedules import LOOPIFIED, Cycles, Schedule
-from hooks.topology import Place, Topology
+from hooks.topology import LayerPlace, Topology
 
 Answers = Literal["masked", "next", "any"]
 """Which positions have an answer: masked ones, those with a next token, or all."""
@@ -41,9 +41,9 @@ class Architecture:
     ``attention`` names the pattern's site relative to a layer; ``hooks`` names the site of each kind of place.
     """
 
-    head: tuple[Place, ...]
-    mid: tuple[Place, ...]
-    tail: tuple[Place, ...]
+    head: tuple[LayerPlace, ...]
+    mid: tuple[LayerPlace, ...]
+    tail: tuple[LayerPlace, ...]
     n_loops: int
     cycles: Callable[[int], Mapping[str, Cycles]]
     with_loops: Callable[[int], AbstractContextManager[dict[str, Any]]] | None = None
@@ -54,7 +54,11 @@ class Architecture:
     carries: bool = True                   # is a layer's state all that later loops get from earlier ones?
 
     def topology(self, n_loops: int) -> Topology:
-        return Topology(len(self.head), len(self.mid), len(self.tail), n_loops, (*self.head, *self.mid, *self.tail))
+        aliases = {f"hook_{kind}": hook for kind, hook in self.hooks.items()}
+        if self.attention is not None:
+            aliases["attn.hook_pattern"] = self.attention
+        return Topology(len(self.head), len(self.mid), len(self.tail), n_loops, (*self.head, *self.mid, *self.tail),
+                        tuple(aliases.items()))
 
     def schedule(self, n_loops: int) -> Schedule:
         return Schedule(self.cycles(n_loops))
@@ -68,7 +72,7 @@ class Architecture:
 # -------------------------------------------------------------------- declared
 
 
-def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str | None, attention: str | None,
+def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str | None,
              cycles: Schedule | Mapping[str, Cycles] | None) -> Architecture:
     """The architecture of a module of one's own. ``layers`` are paths, globs allowed, in the order in which they run.
 
@@ -97,10 +101,10 @@ def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str
     repeats = {path: mid.count(path) for path in mid}
     number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
 
-    def place(path: str, index: int, at: str) -> Place:
+    def place(path: str, index: int, at: str) -> LayerPlace:
         if repeats.get(path, 1) == 1 or not at:
-            return Place(path, number[path], at)
-        return Place(path, number[path], f"k{at}.i{mid[:index].count(path)}")
+            return LayerPlace(path, number[path], at)
+        return LayerPlace(path, number[path], f"k{at}.i{mid[:index].count(path)}")
 
     def entries(n: int) -> dict[str, Cycles]:
         return {path: n if count == 1 else {"k": n, "i": count} for path, count in repeats.items()}
@@ -108,7 +112,7 @@ def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str
     return Architecture(tuple(place(path, 0, "") for path in paths[:first]),
                         tuple(place(path, i, "{k}") for i, path in enumerate(mid)),
                         tuple(place(path, 0, "") for path in paths[last:]), count, entries, setting,
-                        attention=None if attention is None else element(attention), answers=_answers(module))
+                        answers=_answers(module))
 
 
 def _expanded(module: nn.Module, layers: Sequence[str]) -> list[str]:
@@ -183,7 +187,7 @@ def _attribute(holder: Any, name: str, value: int) -> Iterator[dict[str, Any]]:
         setattr(holder, name, before)
 
 
-def element(attention: str) -> str:
+def pattern_element(attention: str) -> str:
     """``"attn"`` and ``"attn.1"`` mean the second thing that the module returns: ``attn.hook_out.1``."""
     if "hook_" in attention:
         return attention
@@ -219,8 +223,8 @@ def _albert(module: nn.Module, config: Any) -> Architecture:
 def _hrm_text(module: nn.Module, config: Any) -> Architecture:
     fast, slow = _path_of(module, "L_module.layers"), _path_of(module, "H_module.layers")
     n = config.num_layers_per_stack
-    inner = [Place(f"{fast}.{i}", i, f"h{{k}}.l{cycle}") for cycle in range(config.L_cycles) for i in range(n)]
-    outer = [Place(f"{slow}.{i}", n + i, "h{k}") for i in range(n)]
+    inner = [LayerPlace(f"{fast}.{i}", i, f"h{{k}}.l{cycle}") for cycle in range(config.L_cycles) for i in range(n)]
+    outer = [LayerPlace(f"{slow}.{i}", n + i, "h{k}") for i in range(n)]
     return _with_attention(module, Architecture(
         (), (*inner, *outer), (), config.H_cycles,
         lambda loops: {fast.rpartition(".")[0]: {"h": loops, "l": config.L_cycles},
@@ -285,8 +289,8 @@ def _answers(module: nn.Module) -> Answers:
     return "next" if any("CausalLM" in kind or "LMHead" in kind for kind in kinds) else "any"
 
 
-def _places(paths: Sequence[str], at: str, first: int = 0) -> tuple[Place, ...]:
-    return tuple(Place(path, first + i, at) for i, path in enumerate(paths))
+def _places(paths: Sequence[str], at: str, first: int = 0) -> tuple[LayerPlace, ...]:
+    return tuple(LayerPlace(path, first + i, at) for i, path in enumerate(paths))
 
 
 def _path_of(module: nn.Module, ending: str) -> str:

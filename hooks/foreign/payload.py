@@ -7,12 +7,14 @@ container of the same kind; everything else passes untouched.
     find((hidden, None))                  # (0,): where the tensor is
     get((hidden, None), (0,))             # hidden
     put((hidden, None), (0,), new)        # (new, None)
+    element((hidden, (h, c)), "1.0")      # (1, 0), where h is: any other tensor is named by index or key
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,30 @@ def find(value: Any) -> Where | None:
     Named parts are searched in the order of `FIRST`, then in their own. None if there is no tensor.
     """
     return _search(value, floating=True) or _search(value, floating=False) if not isinstance(value, Tensor) else ()
+
+
+def element(value: Any, name: str) -> Where | None:
+    """Where the tensor is that ``name`` spells out: indices, keys and field names, with dots between them.
+
+    None if there is nothing of that name, or no tensor.
+    """
+    where: Where = ()
+    for key in name.split("."):
+        parts = dict(_named_parts(value))
+        found = key if key in parts else int(key) if key.isdecimal() else key
+        if found not in parts:
+            return None
+        if hasattr(value, "_fields") and found in value._fields:
+            found = value._fields.index(found)
+        value, where = get(value, (found,)), (*where, found)
+    return where if isinstance(value, Tensor) else None
+
+
+def tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """Every tensor in it, with the name of the element that it is; of a tensor itself, with none."""
+    if isinstance(value, Tensor):
+        return [("", value)]
+    return [(f"{key}.{name}".rstrip("."), tensor) for key, part in _parts(value) for name, tensor in tensors(part)]
 
 
 def get(value: Any, where: Where) -> Any:
@@ -55,6 +81,19 @@ def put(value: Any, where: Where, tensor: Tensor) -> Any:
     return changed
 
 
+class Replaying(threading.local):
+    """Is this thread in a forward in which some layers are answered from a record (`hooks.foreign.replay`)?
+
+    ``answer`` is what such a layer has just returned: hooks do not act on it.
+    """
+
+    on = False
+    answer: Any = None
+
+
+REPLAYING = Replaying()
+
+
 # ------------------------------------------------------------------------ private
 
 
@@ -66,6 +105,12 @@ def _search(value: Any, floating: bool) -> Where | None:
         if where is not None:
             return (key, *where)
     return None
+
+
+def _named_parts(value: Any) -> list[tuple[Any, Any]]:
+    """`_parts`, where those of a named tuple go by both index and name."""
+    named = list(zip(value._fields, value, strict=True)) if hasattr(value, "_fields") else []
+    return [*_parts(value), *named]
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:

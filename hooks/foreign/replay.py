@@ -5,7 +5,7 @@ the model wrote it. `record` runs the module once and keeps what each layer retu
 each layer before ``start`` returns what it returned then, the last of them the given state, so that only the
 layers from ``start`` on are computed. The run ends as soon as layer ``stop`` has returned.
 
-    trace = record(call, layers, layout)                     # layers: the modules in the order in which they run
+    trace = record(call, layers, layout_of, draws)           # layers: the modules in the order in which they run
     state = trace.replay(3, 5, state)                        # the layers at depth 3 and 4, on another state
     answer = trace.replay(3, None, state)                    # from depth 3 to the end of the forward
 
@@ -24,39 +24,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooks.foreign import payload
+from hooks.foreign.layouts import StateLayout
 
-CANONICAL = ("batch", "pos", "d_model")
+
+def canonical(layout: StateLayout, value: Tensor, what: str = "a layer's state") -> Float[Tensor, "batch pos d_model"]:
+    """``value`` in the layout of the contract. ValueError if it has other axes than ``layout``."""
+    if value.ndim != len(layout.own):
+        raise ValueError(f"{what} has {value.ndim} axes, {list(value.shape)}, and was declared to be "
+                         f"{' × '.join(layout.own)}: pass axes= with the names in the order of the tensor.")
+    return layout.canonical(value)
 
 
-@dataclass(frozen=True)
-class StateAxes:
-    """Where batch, positions and width stand in the model's own states."""
-
-    names: tuple[str, ...] = CANONICAL
-
-    def __post_init__(self) -> None:
-        if sorted(self.names) not in (sorted(CANONICAL), sorted(("batch", "d_model"))):
-            raise ValueError(f"axes name the layout of a state: {CANONICAL} in some order, or ('batch', 'd_model') "
-                             f"where there are no positions, not {self.names!r}.")
-
-    @property
-    def batch(self) -> int:
-        return self.names.index("batch")
-
-    def canonical(self, value: Tensor, what: str = "a layer's state") -> Float[Tensor, "batch pos d_model"]:
-        """From the model's layout to [batch, pos, d_model]; states without positions get one."""
-        if value.ndim != len(self.names):
-            raise ValueError(f"{what} has {value.ndim} axes, {list(value.shape)}, and was declared to be "
-                             f"{' × '.join(self.names)}: pass axes= with the names in the order of the tensor.")
-        if "pos" not in self.names:
-            return value.movedim(self.batch, 0)[:, None]
-        return value.permute(*(self.names.index(name) for name in CANONICAL))
-
-    def native(self, value: Float[Tensor, "batch pos d_model"]) -> Tensor:
-        """The way back."""
-        if "pos" not in self.names:
-            return value[:, 0].movedim(0, self.batch)
-        return value.permute(*(CANONICAL.index(name) for name in self.names))
+RUNS_THE_REST = "_run_again"
+"""The hook of a loopified model's last looped layer that runs the other loops: it stays the last of its hooks."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,7 @@ class Trace:
 
     call: Callable[[Tensor | None], Any]
     layers: tuple[nn.Module, ...]
-    axes: StateAxes
+    layout: StateLayout
     entered: Float[Tensor, "batch pos d_model"]
     outputs: tuple[Any, ...]
     answer: Any
@@ -91,7 +71,7 @@ class Trace:
             state = self.entered
         else:
             output = self.outputs[depth - 1]
-            state = self.axes.canonical(payload.get(output, _where(output, self.layers[depth - 1])))
+            state = canonical(self.layout, payload.get(output, _where(output, self.layers[depth - 1])))
         return state if self.index is None else state[self.index]
 
     def replay(self, start: int, stop: int | None, state: Float[Tensor, "row pos d_model"]) -> Any:
@@ -109,7 +89,9 @@ class Trace:
     # ------------------------------------------------------------------ private
 
     def _replayed(self, index: Tensor | None, start: int, stop: int | None, state: Tensor) -> Any:
-        native, count = self.axes.native(state), 0
+        native, count = self.layout.original(state), 0
+        running: list[int] = []   # layers that have begun and not returned: a loopified one runs others before it does
+        reached: list[Any] = []   # what the last layer to be run returned
 
         def step(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal count
@@ -117,20 +99,31 @@ class Trace:
             _check_order(self.layers, depth, layer)
             if depth < start:
                 output = self._output(depth, index)
-                return payload.put(output, _where(output, layer), native) if depth == start - 1 else output
+                if depth == start - 1:
+                    output = payload.put(output, _where(output, layer), native)
+                payload.REPLAYING.answer = output
+                return output
+            payload.REPLAYING.answer = None
             if depth == start == 0:
                 args, kwargs = with_state(args, kwargs, native, layer)
-            output = forward(*args, **kwargs)
-            if depth + 1 == stop:
-                raise _Reached(output)
-            return output
+            running.append(depth)
+            return forward(*args, **kwargs)
 
-        with patched(self.layers, step):
+        def left(layer: nn.Module, args: Any, output: Any) -> None:
+            if running and running.pop() + 1 == stop:
+                reached.append(output)
+                raise _Reached
+
+        with patched(self.layers, step, left):
+            payload.REPLAYING.on = True
             try:
                 answer = self.call(index)
-            except _Reached as reached:
-                layer = self.layers[(stop or 0) - 1]
-                return self.axes.canonical(payload.get(reached.output, _where(reached.output, layer)))
+            except _Reached:
+                pass
+            finally:
+                payload.REPLAYING.on, payload.REPLAYING.answer = False, None
+        if reached:  # also where the model's own code has caught the exception and gone on
+            return canonical(self.layout, payload.get(reached[0], _where(reached[0], self.layers[(stop or 0) - 1])))
         if stop is not None or count < len(self.layers):
             raise RuntimeError(f"the model ran {count} of its {len(self.layers)} layers when it was run again: its "
                                "number of loops depends on its state, and it cannot be run layer by layer.")
@@ -154,7 +147,7 @@ class Trace:
             waiting = [row for row in waiting if row not in results]
         first = results[0][0]
         where = () if isinstance(first, Tensor) else payload.find(first)
-        axis = 0 if stop is not None else self.axes.batch
+        axis = 0 if stop is not None else self.layout.own.index("batch")
         picked = [payload.get(whole, where).select(axis, example) for whole, example in
                   (results[row] for row in range(len(index)))]
         stacked = torch.stack(picked, axis)
@@ -165,20 +158,22 @@ class Trace:
         if index is None:
             return output
         where = _where(output, self.layers[depth])
-        return payload.put(output, where, payload.get(output, where).index_select(self.axes.batch, index))
+        axis = self.layout.own.index("batch")
+        return payload.put(output, where, payload.get(output, where).index_select(axis, index))
 
 
 def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
-           axes: Callable[[Tensor], StateAxes], draws: Callable[[], bool]) -> Trace:
+           layout_of: Callable[[Tensor], StateLayout], draws: Callable[[], bool]) -> Trace:
     """One forward of the module, ``call(None)``, with what each of ``layers`` returned.
 
     ``draws`` says, after that forward, whether it drew random numbers.
 
-    ``axes`` tells the layout of a state from the first one. Raises RuntimeError if the module runs other layers than
-    these, in this order, or another number of times.
+    ``layout_of`` tells the layout of a state from the first one. Raises RuntimeError if the module runs other layers
+    than these, in this order, or another number of times.
     """
     entered: list[Tensor] = []
     outputs: list[Any] = []
+    running: list[int] = []
 
     def step(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         depth = len(outputs)
@@ -189,25 +184,34 @@ def record(call: Callable[[Tensor | None], Any], layers: Sequence[nn.Module],
             if where is None:
                 raise TypeError(f"{type(layer).__name__} was called without a tensor, so that no state enters it.")
             entered.append(payload.get(given, where))
-        output = forward(*args, **kwargs)
-        _where(output, layer)
-        outputs.append(output)
-        return output
+        running.append(depth)
+        outputs.append(None)
+        return forward(*args, **kwargs)
 
-    with patched(layers, step):
+    def left(layer: nn.Module, args: Any, output: Any) -> None:
+        _where(output, layer)
+        outputs[running.pop()] = output
+
+    with patched(layers, step, left):
         answer = call(None)
     if len(outputs) != len(layers):
         raise RuntimeError(f"the model ran {len(outputs)} layers and was declared to run {len(layers)}: the number of "
                            "loops or the list of layers is another one. describe(module, inputs) prints how often "
                            "each module runs.")
-    layout = axes(entered[0])
-    return Trace(call, tuple(layers), layout, layout.canonical(entered[0]), tuple(outputs), answer, draws())
+    layout = layout_of(entered[0])
+    return Trace(call, tuple(layers), layout, canonical(layout, entered[0]), tuple(outputs), answer, draws())
 
 
 @contextmanager
-def patched(layers: Sequence[nn.Module], step: Callable[..., Any]) -> Iterator[None]:
-    """In the block a call of one of ``layers`` is ``step(layer, its own forward, args, kwargs)``."""
+def patched(layers: Sequence[nn.Module], step: Callable[..., Any],
+            left: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """In the block a call of one of ``layers`` is ``step(layer, its own forward, args, kwargs)``.
+
+    ``left(layer, args, output)`` sees what the layer returns after its hooks, but for the one by which `loopify` runs
+    the other loops, which acts after it.
+    """
     kept: list[tuple[nn.Module, bool, Any]] = []
+    removers: list[Any] = []
 
     def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: step(layer, forward, args, kwargs)
@@ -216,8 +220,14 @@ def patched(layers: Sequence[nn.Module], step: Callable[..., Any]) -> Iterator[N
         for layer in dict.fromkeys(layers):
             kept.append((layer, "forward" in layer.__dict__, layer.__dict__.get("forward")))
             layer.__dict__["forward"] = stand_in(layer, layer.forward)
+            removers.append(layer.register_forward_hook(left))
+            for key, hook in list(layer._forward_hooks.items()):
+                if getattr(hook, "__name__", "") == RUNS_THE_REST:
+                    layer._forward_hooks.move_to_end(key)
         yield
     finally:
+        for remover in removers:
+            remover.remove()
         for layer, own, forward in reversed(kept):
             if own:
                 layer.__dict__["forward"] = forward
@@ -238,11 +248,8 @@ def with_state(args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor,
 # ---------------------------------------------------------------------- private
 
 
-class _Reached(BaseException):
-    """The layer at which a replay ends has returned (not an Exception, so that a model's ``except`` lets it pass)."""
-
-    def __init__(self, output: Any):
-        self.output = output
+class _Reached(Exception):
+    """The layer at which a replay ends has returned."""
 
 
 def _where(output: Any, layer: nn.Module) -> payload.Where:

@@ -2,7 +2,8 @@
 
 Signatures, names and defaults follow TransformerLens' HookedTransformer. Sites that
 cannot fire are refused before the run; hooks that should have fired and did not are an
-error after it; hooks are always removed. A model is held by one thread at a time.
+error after it; hooks are always removed. A model is held by one thread at a time, and a
+forward of it inside another one (in a hook, for example) is refused.
 
     model = HookedLoopMDM.from_pretrained("zoo/automaton-loop")
     logits, rec = model.run_with_cache(tokens, n_loops=8, names_filter="blocks.*.hook_resid_post")
@@ -12,8 +13,6 @@ error after it; hooks are always removed. A model is held by one thread at a tim
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,11 +29,15 @@ from torch import Tensor
 
 from hooks.contract import HookList, Kind, Levels, LoopedModel
 from hooks.edits import PlanEdit, attachments
-from hooks.hook_points import Attached, HookFunction, HookPoint
-from hooks.model.loopmdm import FOR_TRANSFORMERS, LoopMDM, LoopMDMConfig
+from hooks.hook_points import Attached, HookFunction, HookPoint, replacing
+from hooks.location import located
+from hooks.model.config import FOR_TRANSFORMERS, LoopMDMConfig
+from hooks.model.inputs import AttentionMask, Tokens, masked_in, real_positions, take
+from hooks.model.loopmdm import LoopMDM
 from hooks.recording import Cut, Recorder, Recording, Reducer, positions
 from hooks.sites import Site, SiteError, SitePattern
 from hooks.topology import Topology
+from hooks.writing import written_whole
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -44,13 +48,14 @@ class RunContext:
     """What the layers of one run need besides the state."""
 
     topology: Topology
-    embedded: Float[Tensor, "batch pos d_model"]
+    injected: Float[Tensor, "batch pos d_model"]     # what input injection adds at each loop
     condition: Float[Tensor, "batch d_cond"] | None
+    real: Bool[Tensor, "batch pos"] | None = None   # positions that are no padding; None: all
 
     def rows(self, index: Int[Tensor, "row"]) -> RunContext:
-        index = index.to(self.embedded.device)
-        return RunContext(self.topology, self.embedded[index],
-                          None if self.condition is None else self.condition[index])
+        index = index.to(self.injected.device)
+        condition, real = (None if part is None else part[index] for part in (self.condition, self.real))
+        return RunContext(self.topology, self.injected[index], condition, real)
 
 
 class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="loopscope",
@@ -59,9 +64,9 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
 
     loaded_from = ""  # the folder's name or the hub id
 
-    def run_with_hooks(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
-                       fwd_hooks: HookList = (), bwd_hooks: HookList = (),
-                       t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch pos vocab"]:
+    def run_with_hooks(self, tokens: Tokens, n_loops: int | None = None, *, fwd_hooks: HookList = (),
+                       bwd_hooks: HookList = (), t: Float[Tensor, "batch"] | float | None = None,
+                       attention_mask: AttentionMask = None) -> Float[Tensor, "batch pos vocab"]:
         """One forward with ``fwd_hooks`` attached; returns the logits.
 
         A hook is called as ``fn(activation, hook=point)`` and may return a replacement.
@@ -74,20 +79,22 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                              "them: use `with model.hooks(bwd_hooks=...)` around forward and backward, or "
                              "run_with_cache(loss_fn=...).")
         with self.hooks(fwd_hooks=fwd_hooks, n_loops=n_loops):
-            return self(tokens, n_loops, t=t)
+            return self(tokens, n_loops, t=t, attention_mask=attention_mask)
 
-    def run_with_cache(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
+    def run_with_cache(self, tokens: Tokens, n_loops: int | None = None, *,
                        names_filter: SitePattern = None, t: Float[Tensor, "batch"] | float | None = None,
                        reduce: Reducer | None = None, pos_slice: Cut | None = None, batch_slice: Cut | None = None,
                        only: Literal["masked", "visible"] | None = None,
                        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
                        loss_fn: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, ""]] | None = None,
+                       attention_mask: AttentionMask = None,
                        ) -> tuple[Float[Tensor, "batch pos vocab"], Recording]:
         """One forward; returns the logits and a `Recording` of the sites that ``names_filter`` names.
 
         By default every site but ``hook_result`` (large: name it to have it). ``reduce(activation, site)``
         runs inside the hook (see `hooks.reducers`); ``pos_slice``, ``batch_slice``, ``dtype`` and ``device``
-        shape the copy (see `Recorder`); ``only`` keeps the masked or the visible positions, on an axis ``point``.
+        shape the copy (see `Recorder`); ``only`` keeps the masked or the visible positions, on an axis ``point``, and
+        no padded ones.
         With ``loss_fn``, a function of the logits to a scalar, the backward pass runs too and
         ``recording.gradients`` holds the gradient of that scalar at the same sites (parameters' ``.grad``
         accumulate as ever).
@@ -95,7 +102,8 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
         if only is not None:
             if pos_slice is not None:
                 raise ValueError("pos_slice and only both choose positions: give one of them.")
-            pos_slice = positions(tokens, self.config.mask_token_id, only)
+            given, padding = take(tokens, attention_mask)
+            pos_slice = positions(given, self.config.mask_token_id, only, real=real_positions(given, padding))
         if loss_fn is not None and getattr(reduce, "forward_only", False):
             raise ValueError(f"{type(reduce).__name__} compares a loop with the one before it, and a backward pass "
                              "visits loops in reverse: record gradients without it.")
@@ -107,10 +115,11 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
         backward = [(patterns, recorder.backward)] if loss_fn is not None else []
         with (self.hooks(fwd_hooks=[(patterns, recorder)], bwd_hooks=backward, n_loops=n_loops),
               torch.set_grad_enabled(loss_fn is not None or torch.is_grad_enabled())):
-            logits = self(tokens, n_loops, t=t)
+            logits = self(tokens, n_loops, t=t, attention_mask=attention_mask)
             topology = self.config.topology(self.clock.ran)
             if loss_fn is not None:
-                loss_fn(logits).backward()
+                with self.clock.calling("run_with_cache's loss_fn, or the backward pass after it"):
+                    loss_fn(logits).backward()
         names = {site.name: space.names[site.name] for site in sites}
         return logits, recorder.recording(names, topology)
 
@@ -191,6 +200,10 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def max_loops(self) -> int:
         return self.config.max_loops
 
+    @property
+    def mask_token_id(self) -> int:
+        return self.config.mask_token_id
+
     def topology(self, n_loops: int | None = None) -> Topology:
         return self.config.topology(self._checked_loops(n_loops))
 
@@ -200,8 +213,8 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def attention(self, depth: int, *, n_loops: int | None = None) -> str:
         return self.topology(n_loops).site_at(depth, "attn.hook_pattern")
 
-    def enter(self, inputs: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
-              t: Levels = None) -> tuple[Float[Tensor, "batch pos d_model"], RunContext]:
+    def enter(self, inputs: Tokens, n_loops: int | None = None, *, t: Levels = None,
+              attention_mask: AttentionMask = None) -> tuple[Float[Tensor, "batch pos d_model"], RunContext]:
         """The embedded tokens, and the context of a run of ``n_loops`` loops.
 
         Raises ValueError under an edit of the plan (skip, repeat, swap): `apply` runs layers in their own order.
@@ -210,9 +223,10 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
             if self.replans:
                 raise ValueError("loops are skipped, repeated or swapped by an edit, and enter() begins a run of the "
                                  "layers in their own order: leave the edit's block first.")
-            tokens, n_loops = self._checked(inputs, n_loops)
-            embedded = self.embed_tokens(tokens)
-            return embedded, RunContext(self.config.topology(n_loops), embedded, self.condition(tokens, t))
+            tokens, n_loops, real = self._entering(inputs, n_loops, attention_mask)
+            condition, embedded = self.condition(tokens, t, real), self.embed_tokens(tokens, real)
+            injected = self._injected(embedded, condition, real)
+            return embedded, RunContext(self.config.topology(n_loops), injected, condition, real)
 
     def apply(self, depth: Any, state: Any = None, context: Any = None) -> Any:
         """The layer at ``depth`` on ``state`` [batch, pos, d_model]; ``apply(fn)`` is still that of ``nn.Module``."""
@@ -224,21 +238,32 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
         layer, loop = topology.unrolled()[depth]
         with self.exclusive():
             if loop is not None:
+                self.clock.refuse_inside()
                 self.clock.loop = loop
                 if (depth - topology.n_head) % topology.n_mid == 0:
-                    state = self.loop_input(state, loop, context.embedded, index=loop)
-            return self._layers(state, (layer,), context.condition)
+                    state = self.loop_input(state, loop, context.injected, index=loop)
+            return self._layers(state, (layer,), context.condition, context.real)
 
     def read(self, state: Float[Tensor, "batch pos d_model"],
              context: RunContext) -> Float[Tensor, "batch pos vocab"]:
         with self.exclusive():
             return self.unembed(state, context.condition)
 
-    def scored(self, inputs: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        return inputs == self.config.mask_token_id
+    def _injected(self, embedded: Tensor, condition: Tensor | None, real: Tensor | None) -> Tensor:
+        """What input injection adds in a run; the head is run for it once more where its output is injected, unseen."""
+        if self.config.input_injection != "head":
+            return embedded
+        muted, self.clock.muted = self.clock.muted, True
+        try:
+            return self.injected(embedded, self.head(embedded, condition, real))
+        finally:
+            self.clock.muted = muted
 
-    def targets(self, inputs: Int[Tensor, "batch pos"]) -> None:
-        return None
+    def scored(self, inputs: Tokens) -> Bool[Tensor, "batch pos"]:
+        return masked_in(inputs, self.config.mask_token_id)
+
+    def targets(self, inputs: Tokens) -> None:
+        take(inputs)
 
     # --------------------------------------------------------------- other libraries
 
@@ -253,20 +278,25 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     def _save_pretrained(self, save_directory: Path) -> None:
         """config.json and model.safetensors, each written under a temporary name, then renamed."""
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
-        _replace(save_directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+        with written_whole(save_directory / "model.safetensors") as temporary:
+            save_file(state, temporary, {"format": "pt"})
         text = json.dumps({**FOR_TRANSFORMERS, **self.config.to_dict()}, indent=1) + "\n"
-        _replace(save_directory / "config.json", lambda path: Path(path).write_text(text))
+        with written_whole(save_directory / "config.json") as temporary:
+            temporary.write_text(text)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> HookedLoopMDM:
         """Load config.json and model.safetensors from a folder or a hub id, in eval mode.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or does not fit.
+        Raises FileNotFoundError (or NotADirectoryError) for a folder that is not there, before the hub is asked
+        (`hooks.location`), and these or ValueError naming the file that is missing, damaged or does not fit.
         ``options`` are those of huggingface_hub's mixin (revision, cache_dir, token, map_location …).
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the mixin reads config.json itself
+            return super().from_pretrained(located(pretrained_model_name_or_path), **options)
+        except LocalEntryNotFoundError as error:  # the mixin fetches config.json itself, and reads it
+            raise _not_fetched(pretrained_model_name_or_path, error) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{pretrained_model_name_or_path}/config.json is not JSON ({error}): "
                              "copy or download it again.") from error
 
@@ -286,8 +316,7 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
                 return Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token,
                                             force_download=force_download, local_files_only=local_files_only))
             except Exception as error:
-                raise FileNotFoundError(f"{model_id!r} is neither a folder here nor a model that could be fetched "
-                                        f"from the hub ({type(error).__name__}: {error})") from error
+                raise _not_fetched(model_id, error) from error
 
         config = model_kwargs.get("config")
         if not isinstance(config, LoopMDMConfig):
@@ -315,22 +344,20 @@ def _on_backward(fn: HookFunction) -> HookFunction:
             raise RuntimeError(f"no gradient reaches {hook.site}: run the forward with gradients enabled, "
                                "outside torch.no_grad() and with parameters that require them.")
         frozen = HookPoint(hook.name, type(hook.clock)(), hook.looped)
-        frozen.clock.loop = hook.clock.loop
-        activation.register_hook(lambda gradient: fn(gradient, hook=frozen))
+        clock, frozen.clock.loop = hook.clock, hook.clock.loop
+
+        def on_gradient(gradient: Tensor) -> Tensor | None:
+            with clock.calling(f"the backward hook at {frozen.site}"):
+                returned = fn(gradient, hook=frozen)
+            return None if returned is None else replacing(returned, gradient, f"{frozen.site} (gradient)")
+
+        activation.register_hook(on_gradient)
     return call
 
 
-def _replace(path: Path, write: Callable[[str], Any]) -> None:
-    """Write through a temporary file in the same folder, so that ``path`` is never half-written."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _not_fetched(model_id: str | Path, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(f"'{model_id}' is neither a folder here nor a model that could be fetched from the hub "
+                             f"({type(error).__name__}: {error})")
 
 
 def _check_state(model: LoopMDM, state: dict[str, Tensor], path: Path) -> None:

@@ -15,20 +15,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.hook_points import HookPoint
 
 if TYPE_CHECKING:
-    from hooks.model.loopmdm import LoopMDMConfig
+    from hooks.model.config import LoopMDMConfig
 
 Points = Callable[[str], HookPoint]
 Rotary = tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]
 
 
-class Norm(nn.Module):
+class NormLayer(nn.Module):
     """RMSNorm (1910.07467) or bias-free LayerNorm over the last axis, with a learned scale.
 
     ``hook_scale`` [batch, pos, 1] is what the input is divided by, ``hook_normalized``
@@ -45,7 +45,8 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         if self.hook_scale.entries and self.hook_scale.wanted():
             centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
-            scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            squares = centred.to(torch.promote_types(x.dtype, torch.float32)).pow(2)  # float16 overflows at 256²
+            scale = self.hook_scale((squares.mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype))
             return self.hook_normalized(centred / scale * self.weight)
         if self.kind == "layer":
             return self.hook_normalized(F.layer_norm(x, (self.width,), self.weight, None, self.eps))
@@ -68,15 +69,16 @@ def rotate(x: Float[Tensor, "batch pos head d_head"], rotary: Rotary) -> Float[T
 
 
 def attend(q: Float[Tensor, "batch head pos d_head"], k: Float[Tensor, "batch head pos d_head"],
-           v: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:
-    """softmax(q kᵀ / √d_head) v, by the fused kernel.
+           v: Float[Tensor, "batch head pos d_head"],
+           keys: Bool[Tensor, "batch 1 1 pos"] | None = None) -> Float[Tensor, "batch head pos d_head"]:
+    """softmax(q kᵀ / √d_head) v over ``keys`` (by default all), by the fused kernel.
 
     Under autocast on a CPU it stays in float32: in bfloat16 torch's kernel takes six times as long there.
     """
     if torch.is_autocast_enabled("cpu") and q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), keys)
+    return F.scaled_dot_product_attention(q, k, v, keys)
 
 
 class Attention(nn.Module):
@@ -85,7 +87,8 @@ class Attention(nn.Module):
     Sites: ``hook_q``, ``hook_k`` (before QK-norm and rotation), ``hook_rot_q``,
     ``hook_rot_k`` (what the scores are made of), ``hook_v``, ``hook_z``
     [batch, pos, head, d_head]; ``hook_attn_scores``, ``hook_pattern``
-    [batch, head, query, key]; ``hook_result`` [batch, pos, head, d_model].
+    [batch, head, query, key]; ``hook_result`` [batch, pos, head, d_model]. Scores of padded keys are −∞, before
+    and after what hooks make of them.
     """
 
     def __init__(self, config: LoopMDMConfig, points: Points, name: str):
@@ -106,8 +109,8 @@ class Attention(nn.Module):
         self.hook_z = points(f"{name}.hook_z")
         self.hook_result = points(f"{name}.hook_result")
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"],
-                rotary: Rotary | None) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None,
+                keys: Bool[Tensor, "batch 1 1 pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
         batch, pos, _ = x.shape
         q, k, v = self.qkv(x).view(batch, pos, 3, self.n_heads, self.d_head).unbind(2)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
@@ -122,10 +125,10 @@ class Attention(nn.Module):
         q, k = self.hook_rot_q(q).transpose(1, 2), self.hook_rot_k(k).transpose(1, 2)
         v = v.transpose(1, 2)
         if self._pattern_wanted():
-            scores = self.hook_attn_scores(q @ k.transpose(-1, -2) / math.sqrt(self.d_head))
-            z = self.hook_pattern(scores.softmax(-1)) @ v
+            scores = self.hook_attn_scores(_over(keys, q @ k.transpose(-1, -2) / math.sqrt(self.d_head)))
+            z = self.hook_pattern(_over(keys, scores).softmax(-1)) @ v
         else:
-            z = attend(q, k, v)
+            z = attend(q, k, v, keys)
         z = self.hook_z(z.transpose(1, 2))
         if self.hook_result.entries and self.hook_result.wanted():
             heads = self.out.weight.view(-1, self.n_heads, self.d_head)
@@ -135,6 +138,11 @@ class Attention(nn.Module):
     def _pattern_wanted(self) -> bool:
         scores, pattern = self.hook_attn_scores, self.hook_pattern
         return bool((scores.entries and scores.wanted()) or (pattern.entries and pattern.wanted()))
+
+
+def _over(keys: Bool[Tensor, "batch 1 1 pos"] | None,
+          scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    return scores if keys is None else scores.masked_fill(~keys, -torch.inf)
 
 
 class MLP(nn.Module):
@@ -171,24 +179,26 @@ class Block(nn.Module):
         super().__init__()
         name = f"blocks.{layer}"
         self.hook_resid_pre = points(f"{name}.hook_resid_pre")
-        self.ln1 = Norm(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln1")
+        self.ln1 = NormLayer(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln1")
         self.attn = Attention(config, points, f"{name}.attn")
         self.hook_attn_out = points(f"{name}.hook_attn_out")
         self.hook_resid_mid = points(f"{name}.hook_resid_mid")
-        self.ln2 = Norm(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln2")
+        self.ln2 = NormLayer(config.norm, config.d_model, config.norm_eps, points, f"{name}.ln2")
         self.mlp = MLP(config, points, f"{name}.mlp")
         self.hook_mlp_out = points(f"{name}.hook_mlp_out")
         self.hook_resid_post = points(f"{name}.hook_resid_post")
         self.ada = nn.Linear(config.d_cond, 6 * config.d_model) if config.conditioned else None
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None,
-                condition: Float[Tensor, "batch d_cond"] | None) -> Float[Tensor, "batch pos d_model"]:
+                condition: Float[Tensor, "batch d_cond"] | None,
+                keys: Bool[Tensor, "batch 1 1 pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """``keys`` are the positions that may be attended to, by default all."""
         x = self.hook_resid_pre(x)
         if self.ada is None:
-            x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), rotary)))
+            x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), rotary, keys)))
             return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.ada(condition)[:, None].chunk(6, dim=-1)
-        attn_out = gate_a * self.attn(self.ln1(x) * (1 + scale_a) + shift_a, rotary)
+        attn_out = gate_a * self.attn(self.ln1(x) * (1 + scale_a) + shift_a, rotary, keys)
         x = self.hook_resid_mid(x + self.hook_attn_out(attn_out))
         mlp_out = gate_m * self.mlp(self.ln2(x) * (1 + scale_m) + shift_m)
         return self.hook_resid_post(x + self.hook_mlp_out(mlp_out))

@@ -3,8 +3,8 @@
     H(0) = head(tokens),  H(k) = mid(H(k−1)) for k = 1..S,  logits = tail(H(S))
 
 The mid layers share their weights over the S loops, so S is a compute knob at inference.
-Configuration and forward pass; `hooks.model.hooked` records and edits it, `hooks.model.diffusion` trains and
-samples it.
+The forward pass alone: `hooks.model.config` shapes it, `hooks.model.hooked` records and edits it,
+`hooks.model.diffusion` corrupts and samples.
 
     model = LoopMDM(LoopMDMConfig(vocab_size=3, mask_token_id=2, max_seq_len=96))
     logits = model(tokens, n_loops=16)                        # [batch, pos, vocab]
@@ -14,114 +14,26 @@ samples it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooks.checkpointing import guard_recomputation, may_be_checkpointed, recomputing
 from hooks.hook_points import HookPoint, LoopClock
-from hooks.model.layers import Block, Norm, Rotary, TimestepEmbedding, rotary_tables
+from hooks.model.config import LoopMDMConfig
+from hooks.model.inputs import AttentionMask, Tokens, as_given, real_positions, take
+from hooks.model.layers import Block, NormLayer, Rotary, TimestepEmbedding, rotary_tables
 from hooks.plan import Pass, Plan, Replan, run, space_of, straight
 from hooks.sites import SiteSpace
-from hooks.topology import Topology
 
-MASK_LOGIT = -1e6
-"""Added to the mask token's logit: a denoiser never predicts the mask (2406.07524)."""
-
-FOR_TRANSFORMERS: dict[str, Any] = {"model_type": "loopmdm", "architectures": ["LoopMDMForMaskedLM"]}
-"""What a config.json says besides, so that transformers' Auto classes recognise the folder (`hooks.bridges.hf`)."""
-
-
-@dataclass(frozen=True)
-class LoopMDMConfig:
-    """Everything that shapes a LoopMDM. Illegal combinations raise ValueError here."""
-
-    vocab_size: int                  # number of tokens, the mask included
-    mask_token_id: int               # which of them is the mask
-    max_seq_len: int                 # longest sequence the model accepts
-    d_model: int = 64                # width of the residual stream
-    n_heads: int = 4                 # attention heads; must divide d_model
-    d_mlp: int = 256                 # hidden width of the MLP
-    n_head_layers: int = 1           # layers before the loop, run once
-    n_loop_layers: int = 2           # looped layers, sharing weights over loops
-    n_tail_layers: int = 1           # layers after the loop, run once
-    max_loops: int = 8               # S_max: training draws S from 1..S_max; 1 is an unlooped model
-    position: Literal["rotary", "learned", "both"] = "rotary"
-    rotary_base: float = 10_000.0    # base of the rotary wavelengths
-    position_groups: tuple[tuple[int, ...], ...] = ()  # learned positions as a sum of tables, each
-    #                                  indexed by one group id per position (row, column, box); () = one per position
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    qk_norm: bool = True             # RMS-normalise queries and keys per head
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    time_conditioning: Literal["none", "t", "sigma", "constant"] = "none"  # adaLN on t, on −log(1−t), on 0
-    d_cond: int = 128                # width of the timestep embedding, where there is one
-    input_injection: Literal["none", "add"] = "none"   # add the token embedding again at each loop
-    loop_embedding: Literal["none", "learned"] = "none"  # add a vector per loop index (the last one beyond S_max)
-    tie_embeddings: bool = False     # unembed with the embedding's transpose
-
-    def __post_init__(self) -> None:
-        for field in ("vocab_size", "max_seq_len", "d_model", "n_heads", "d_mlp", "n_loop_layers", "max_loops"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
-        for field in ("n_head_layers", "n_tail_layers"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} must be at least 0, not {getattr(self, field)}.")
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id {self.mask_token_id} is outside the vocabulary 0..{self.vocab_size - 1}; "
-                             "vocab_size counts the mask token too.")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}.")
-        if self.position != "learned" and self.d_head % 2:
-            raise ValueError(f"rotary positions need an even head width; d_model / n_heads is {self.d_head}.")
-        for field, allowed in (("position", ("rotary", "learned", "both")), ("norm", ("rms", "layer")),
-                               ("mlp", ("gelu", "swiglu")), ("input_injection", ("none", "add")),
-                               ("loop_embedding", ("none", "learned")),
-                               ("time_conditioning", ("none", "t", "sigma", "constant"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}.")
-        if any(len(group) != self.max_seq_len for group in self.position_groups):
-            raise ValueError(f"each of position_groups needs one id per position, {self.max_seq_len} in all.")
-        if self.position_groups and self.position == "rotary":
-            raise ValueError("position_groups are learned positions: set position='learned' or 'both'.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoopMDMConfig:
-        """Build from JSON. Raises ValueError for unknown or missing keys, naming them."""
-        values = {key: value for key, value in values.items() if FOR_TRANSFORMERS.get(key) != value}
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown configuration keys {unknown}; known ones are {sorted(known)}.")
-        if missing := sorted({"vocab_size", "mask_token_id", "max_seq_len"} - set(values)):
-            raise ValueError(f"configuration keys {missing} are missing.")
-        groups = tuple(tuple(group) for group in values.get("position_groups", ()))
-        return cls(**{**values, "position_groups": groups})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def d_head(self) -> int:
-        return self.d_model // self.n_heads
-
-    @property
-    def n_layers(self) -> int:
-        """Physical layers, n_head + n_loop + n_tail."""
-        return self.n_head_layers + self.n_loop_layers + self.n_tail_layers
-
-    @property
-    def conditioned(self) -> bool:
-        return self.time_conditioning != "none"
-
-    def topology(self, n_loops: int | None = None) -> Topology:
-        """The unrolled layout for ``n_loops`` loops (default: max_loops)."""
-        return Topology(self.n_head_layers, self.n_loop_layers, self.n_tail_layers,
-                        self.max_loops if n_loops is None else n_loops)
+MASK_LOGIT = -2.0 ** 15
+"""Added to the mask token's logit: a denoiser never predicts the mask (2406.07524, with −10⁶ there). float16 and
+bfloat16 hold this number exactly, and its exponential is 0 in every precision."""
 
 
 class AdaptiveOutput(NamedTuple):
@@ -140,8 +52,6 @@ class LoopMDM(nn.Module):
     """
 
     position_ids: Int[Tensor, "group pos"]
-    rotary_cos: Float[Tensor, "pos d_head"]
-    rotary_sin: Float[Tensor, "pos d_head"]
     mask_bias: Float[Tensor, "vocab"]
 
     def __init__(self, config: LoopMDMConfig):
@@ -151,7 +61,8 @@ class LoopMDM(nn.Module):
         self.hook_points: dict[str, HookPoint] = {}
         self.replans: tuple[Replan, ...] = ()  # edits of the order of loops and layers, set by HookedLoopMDM.hooks
         self._spaces: dict[int, SiteSpace] = {}
-        self._rotary_cut: tuple[Tensor, int, Rotary] | None = None
+        self._rotary_tables: Rotary | None = None  # no buffers, which a model that was narrowed would keep rounded
+        self._rotary_cut: tuple[Tensor, Rotary] | None = None
         self._lock = threading.RLock()
         d = config.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
@@ -162,20 +73,18 @@ class LoopMDM(nn.Module):
             self.pos_embed.extend(nn.Embedding(max(group) + 1, d) for group in groups)
             self.register_buffer("position_ids", torch.tensor(groups), persistent=False)
             self.hook_pos_embed = self._point("hook_pos_embed")
-        if config.position != "learned":
-            cos, sin = rotary_tables(config.max_seq_len, config.d_head, config.rotary_base)
-            self.register_buffer("rotary_cos", cos, persistent=False)
-            self.register_buffer("rotary_sin", sin, persistent=False)
         self.time_embed = TimestepEmbedding(config.d_cond) if config.conditioned else None
         self.blocks = nn.ModuleList(self._block(layer) for layer in range(config.n_head_layers))
         self.hook_loop_in = self._point("hook_loop_in", looped=True)
-        if config.input_injection == "add":
+        if config.input_injection != "none":
             self.hook_injection = self._point("hook_injection", looped=True)
+        if config.input_injection == "head":
+            self.injection_gate = nn.Parameter(torch.zeros(d))
         if config.loop_embedding == "learned":
             self.loop_embed = nn.Embedding(config.max_loops, d)
             self.hook_loop_embed = self._point("hook_loop_embed", looped=True)
         self.blocks.extend(self._block(layer) for layer in range(config.n_head_layers, config.n_layers))
-        self.ln_final = Norm(config.norm, d, config.norm_eps, self._point, "ln_final")
+        self.ln_final = NormLayer(config.norm, d, config.norm_eps, self._point, "ln_final")
         self.final_ada = nn.Linear(config.d_cond, 2 * d) if config.conditioned else None
         self.unembed_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.unembed_weight = None if config.tie_embeddings else nn.Parameter(torch.zeros(config.vocab_size, d))
@@ -203,114 +112,157 @@ class LoopMDM(nn.Module):
 
     # ---------------------------------------------------------------- the model
 
-    def forward(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, *,
-                t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch pos vocab"]:
+    def forward(self, tokens: Tokens, n_loops: int | None = None, *,
+                t: Float[Tensor, "batch"] | float | None = None,
+                attention_mask: AttentionMask = None) -> Float[Tensor, "batch pos vocab"]:
         """Logits over the vocabulary at every position.
 
         ``n_loops`` defaults to ``config.max_loops``. ``t`` in (0, 1] is the noise level, read only
-        by models conditioned on time; by default it is the share of masked positions.
-        Raises ValueError for a bad shape, a token outside the vocabulary, or n_loops < 1.
+        by models conditioned on time; by default it is the share of masked positions. ``attention_mask`` [batch, pos]
+        is 1 at real positions and 0 at padding, before or after them (`hooks.model.inputs`): real positions get the
+        logits of the sequence without its padding, those at padded positions mean nothing.
+        Raises TypeError for tokens that are no tensor, ValueError for a bad shape, a token outside the vocabulary, an
+        empty batch, or n_loops < 1, and RuntimeError for a forward inside a forward of the same model (in a hook, for
+        example).
         """
-        with self._lock:
-            tokens, n_loops = self._checked(tokens, n_loops)
-            condition = self.condition(tokens, t)
-            x = embedded = self.embed_tokens(tokens)
-            x = self.head(x, condition)
-            if self.replans:
+        with self.running():
+            tokens, n_loops, real = self._entering(tokens, n_loops, attention_mask)
+            condition = self.condition(tokens, t, real)
+            x, injected = self.begin(tokens, condition, real)
+            if replans := self.replans:
                 plan = self.plan(n_loops)
-                x, n_loops = run(self, plan, x, embedded, condition), len(plan)
+                if recomputing() and not self.clock.edits_again(replans):
+                    raise RuntimeError("the backward pass runs the model again (torch.utils.checkpoint) under an edit "
+                                       "of its loops or layers that was not there in the forward pass: call backward "
+                                       "before placing it, or switch checkpointing off.")
+                if may_be_checkpointed():
+                    guard_recomputation("loops or layers skipped, repeated or swapped", lambda: self.replans is replans,
+                                        around=lambda: self.clock.repeating(replans, 0))
+                x, n_loops = run(self, plan, x, injected, condition, real), len(plan)
             else:
                 for k in range(n_loops):
-                    x = self.loop(x, k, embedded, condition)
+                    x = self.loop(x, k, injected, condition, real)
             self.clock.finish(n_loops, n_loops)
-            return self.tail(x, condition)
+            return self.tail(x, condition, real)
 
-    def forward_adaptive(self, tokens: Int[Tensor, "batch pos"], *, threshold: float, max_loops: int | None = None,
-                         t: Float[Tensor, "batch"] | float | None = None) -> AdaptiveOutput:
+    def forward_adaptive(self, tokens: Tokens, *, threshold: float, max_loops: int | None = None,
+                         t: Float[Tensor, "batch"] | float | None = None,
+                         attention_mask: AttentionMask = None) -> AdaptiveOutput:
         """Loop each example until ‖H(k) − H(k−1)‖ / ‖H(k−1)‖ < ``threshold``, at most ``max_loops`` times.
 
-        Norms are taken over positions and d_model together. An example that has stopped keeps its
+        Norms are taken over real positions and d_model together. An example that has stopped keeps its
         state while the others go on. ``loops_used`` [batch] counts the loops applied to each.
+        Raises what `forward` raises.
         """
         if not threshold >= 0:
             raise ValueError(f"threshold must be a relative change of at least 0, not {threshold}.")
-        with self._lock:
+        with self.running():
             if self.replans:
                 raise ValueError("loops are skipped, repeated or swapped by an edit, and adaptive looping decides by "
                                  "itself which loops run: use a fixed n_loops.")
-            tokens, max_loops = self._checked(tokens, max_loops)
-            condition = self.condition(tokens, t)
-            embedded = self.embed_tokens(tokens)
-            x = self.head(embedded, condition)
+            tokens, max_loops, real = self._entering(tokens, max_loops, attention_mask)
+            condition = self.condition(tokens, t, real)
+            x, injected = self.begin(tokens, condition, real)
+            wide = torch.promote_types(x.dtype, torch.float32)  # a norm overflows float16 before a state does
             running = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
             used = torch.zeros(len(tokens), dtype=torch.long, device=x.device)
             for k in range(max_loops):
-                new = self.loop(x, k, embedded, condition)
-                change = (new - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-12)
+                new = self.loop(x, k, injected, condition, real)
+                compared = new - x, x
+                if real is not None:
+                    compared = compared[0] * real[..., None], compared[1] * real[..., None]
+                moved, length = (y.flatten(1).to(wide).norm(dim=1) for y in compared)
+                change = moved / length.clamp_min(1e-12)
                 x = torch.where(running[:, None, None], new, x)
                 used += running
                 running = running & (change >= threshold)
                 if not running.any():
                     break
             self.clock.finish(k + 1, max_loops)
-            return AdaptiveOutput(self.tail(x, condition), used)
+            return AdaptiveOutput(self.tail(x, condition, real), used)
 
-    def embed_tokens(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """Token embedding, plus learned positions where there are any."""
+    def embed_tokens(self, tokens: Int[Tensor, "batch pos"],
+                     real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """Token embedding, plus learned positions where there are any; these count from the first ``real`` one."""
         x = self.hook_embed(self.embed(tokens))
         if self.config.position == "rotary":
             return x
-        ids = self.position_ids[:, : tokens.shape[1]]
+        if real is None:
+            ids = self.position_ids[:, : tokens.shape[1]]
+        else:
+            ids = self.position_ids[:, (real.cumsum(1) - 1).clamp_min(0)]  # [group, batch, pos]
         positions = torch.stack([table(group) for table, group in zip(self.pos_embed, ids, strict=True)]).sum(0)
         return x + self.hook_pos_embed(positions.expand_as(x))
 
     def condition(self, tokens: Int[Tensor, "batch pos"],
-                  t: Float[Tensor, "batch"] | float | None = None) -> Float[Tensor, "batch d_cond"] | None:
+                  t: Float[Tensor, "batch"] | float | None = None,
+                  real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch d_cond"] | None:
         """The timestep embedding that adaLN reads, or None for a model without it."""
         if self.time_embed is None:
             return None
         if t is None:
-            t = (tokens == self.config.mask_token_id).float().mean(1)
+            masked = tokens == self.config.mask_token_id
+            t = masked.float().mean(1) if real is None else (masked & real).sum(1) / real.sum(1)
         t = torch.as_tensor(t, dtype=torch.float32, device=tokens.device).expand(len(tokens))
         kind = self.config.time_conditioning
         level = 1000 * t if kind == "t" else -torch.log1p(-t.clamp(max=1 - 1e-4)) if kind == "sigma" else 0 * t
         return self.time_embed(level)
 
-    def head(self, x: Float[Tensor, "batch pos d_model"],
-             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos d_model"]:
-        """The layers before the loop."""
-        return self._layers(x, range(self.config.n_head_layers), condition)
+    def begin(self, tokens: Int[Tensor, "batch pos"], condition: Float[Tensor, "batch d_cond"] | None = None,
+              real: Bool[Tensor, "batch pos"] | None = None,
+              ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
+        """The state that enters the loops, H(0), and what input injection adds to it at each of them."""
+        embedded = self.embed_tokens(tokens, real)
+        x = self.head(embedded, condition, real)
+        return x, self.injected(embedded, x)
 
-    def loop(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"],
-             condition: Float[Tensor, "batch d_cond"] | None = None, *,
+    def injected(self, embedded: Float[Tensor, "batch pos d_model"],
+                 x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What `loop` adds at each loop: ``embedded``, or the head's output ``x``, normalised and gated."""
+        if self.config.input_injection != "head":
+            return embedded
+        normalise = F.layer_norm if self.config.norm == "layer" else F.rms_norm
+        return self.injection_gate * normalise(x, (self.config.d_model,), eps=self.config.norm_eps)
+
+    def head(self, x: Float[Tensor, "batch pos d_model"], condition: Float[Tensor, "batch d_cond"] | None = None,
+             real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """The layers before the loop. Here and below, ``real`` positions are the ones that are attended to."""
+        return self._layers(x, range(self.config.n_head_layers), condition, real)
+
+    def loop(self, x: Float[Tensor, "batch pos d_model"], k: int, injected: Float[Tensor, "batch pos d_model"],
+             condition: Float[Tensor, "batch d_cond"] | None = None,
+             real: Bool[Tensor, "batch pos"] | None = None, *,
              step: Pass | None = None) -> Float[Tensor, "batch pos d_model"]:
-        """One pass of the mid layers, as loop ``k``; ``embedded`` is what input injection adds.
+        """One pass of the mid layers, as loop ``k``; ``injected`` (of `begin`) is what input injection adds.
 
         ``step`` runs other layers, or the same as another loop, while sites say ``@k``.
         """
-        x = self.loop_input(x, k, embedded, index=k if step is None else step.index)
-        return self._layers(x, self._mid_layers() if step is None else step.layers, condition)
+        x = self.loop_input(x, k, injected, index=k if step is None else step.index)
+        return self._layers(x, self._mid_layers() if step is None else step.layers, condition, real)
 
-    def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, embedded: Float[Tensor, "batch pos d_model"], *,
+    def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, injected: Float[Tensor, "batch pos d_model"], *,
                    index: int) -> Float[Tensor, "batch pos d_model"]:
         """What the first layer of loop ``k`` reads: the state, with injection and the embedding of loop ``index``."""
         config = self.config
+        if self.clock.within is not None:
+            self.clock.refuse_inside()
         self.clock.loop = k
         x = self.hook_loop_in(x)
-        if config.input_injection == "add":
-            x = x + self.hook_injection(embedded)
+        if config.input_injection != "none":
+            x = x + self.hook_injection(injected)
         if config.loop_embedding == "learned":
             x = x + self.hook_loop_embed(self.loop_embed.weight[min(index, config.max_loops - 1)].expand_as(x))
         return x
 
-    def tail(self, x: Float[Tensor, "batch pos d_model"],
-             condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
+    def tail(self, x: Float[Tensor, "batch pos d_model"], condition: Float[Tensor, "batch d_cond"] | None = None,
+             real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos vocab"]:
         """The layers after the loop, and the unembedding."""
-        return self.unembed(self.tail_layers(x, condition), condition)
+        return self.unembed(self.tail_layers(x, condition, real), condition)
 
-    def tail_layers(self, x: Tensor, condition: Tensor | None = None) -> Float[Tensor, "batch pos d_model"]:
+    def tail_layers(self, x: Tensor, condition: Tensor | None = None,
+                    real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d_model"]:
         """The layers after the loop alone."""
-        return self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition)
+        return self._layers(x, range(self._mid_layers().stop, self.config.n_layers), condition, real)
 
     def unembed(self, x: Float[Tensor, "batch pos d_model"],
                 condition: Float[Tensor, "batch d_cond"] | None = None) -> Float[Tensor, "batch pos vocab"]:
@@ -321,6 +273,20 @@ class LoopMDM(nn.Module):
             x = x * (1 + scale) + shift
         weight = self.embed.weight if self.unembed_weight is None else self.unembed_weight
         return F.linear(x, weight, self.unembed_bias + self.mask_bias)
+
+    def rotary(self, pos: int) -> Rotary | None:
+        """cos and sin of the first ``pos`` positions, each [pos, d_head], in the precision and on the device of the
+        weights; None for a model without rotary positions. They are made anew only where they would change."""
+        if self.config.position == "learned":
+            return None
+        weight, tables, cut = self.embed.weight, self._rotary_tables, self._rotary_cut
+        if tables is None or tables[0].dtype is not weight.dtype or tables[0].device != weight.device:
+            with torch.inference_mode(False), torch.device("cpu"):  # to be differentiated through later, and exact
+                cos, sin = rotary_tables(self.config.max_seq_len, self.config.d_head, self.config.rotary_base)
+                self._rotary_tables = tables = cos.to(weight.device, weight.dtype), sin.to(weight.device, weight.dtype)
+        if cut is None or cut[0] is not tables[0] or len(cut[1][0]) != pos:
+            self._rotary_cut = cut = tables[0], (tables[0][:pos], tables[1][:pos])
+        return cut[1]
 
     # ------------------------------------------------------- where it can be seen
 
@@ -347,6 +313,14 @@ class LoopMDM(nn.Module):
         with self._lock:
             yield
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the model for one forward; RuntimeError if this thread is inside one already."""
+        if not torch.compiler.is_compiling():
+            self.clock.refuse_inside()  # before waiting: a backward pass may call its hooks from a thread of its own
+        with self._lock, self.clock.forward():
+            yield
+
     # ------------------------------------------------------------------ private
 
     def _point(self, name: str, looped: bool = False) -> HookPoint:
@@ -360,21 +334,14 @@ class LoopMDM(nn.Module):
     def _mid_layers(self) -> range:
         return range(self.config.n_head_layers, self.config.n_head_layers + self.config.n_loop_layers)
 
-    def _layers(self, x: Tensor, layers: Sequence[int], condition: Tensor | None) -> Tensor:
-        rotary = self._rotary(x.shape[1])
+    def _layers(self, x: Tensor, layers: Sequence[int], condition: Tensor | None,
+                real: Tensor | None = None) -> Tensor:
+        rotary = self.rotary(x.shape[1])
         blocks = list(self.blocks)  # indexing a ModuleList costs more than the hook points do
+        keys = None if real is None else real[:, None, None]
         for layer in layers:
-            x = blocks[layer](x, rotary, condition)
+            x = blocks[layer](x, rotary, condition, keys)
         return x
-
-    def _rotary(self, pos: int) -> Rotary | None:
-        """The rotary tables of the first ``pos`` positions, cut anew only where they would change."""
-        if self.config.position == "learned":
-            return None
-        cos = self.rotary_cos
-        if (cut := self._rotary_cut) is None or cut[0] is not cos or cut[1] != pos:
-            self._rotary_cut = cut = cos, pos, (cos[:pos], self.rotary_sin[:pos])
-        return cut[2]
 
     def _checked_loops(self, n_loops: int | None) -> int:
         n_loops = self.config.max_loops if n_loops is None else n_loops
@@ -382,17 +349,27 @@ class LoopMDM(nn.Module):
             raise ValueError(f"n_loops must be a whole number of at least 1, not {n_loops!r}.")
         return n_loops
 
+    def _entering(self, inputs: Tokens, n_loops: int | None,
+                  attention_mask: AttentionMask) -> tuple[Tensor, int, Tensor | None]:
+        """The tokens, the number of loops, and where tokens are real (None: everywhere), all checked."""
+        given, attention_mask = take(inputs, attention_mask)
+        tokens, n_loops = self._checked(given, n_loops)
+        return tokens, n_loops, real_positions(tokens, attention_mask)
+
     def _checked(self, tokens: Tensor, n_loops: int | None) -> tuple[Tensor, int]:
         config = self.config
-        if tokens.ndim != 2:
+        if as_given(tokens).ndim != 2:
             raise ValueError(f"tokens must be [batch, pos], not of shape {tuple(tokens.shape)}; "
                              "a single sequence is tokens[None].")
-        if tokens.is_floating_point() or tokens.is_complex():
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
             raise ValueError(f"tokens must be integers, not {tokens.dtype}.")
+        if not tokens.numel():
+            raise ValueError(f"tokens of shape {list(tokens.shape)} hold nothing to run on: give at least one example "
+                             "of at least one position.")
         if tokens.shape[1] > config.max_seq_len:
             raise ValueError(f"the sequence has {tokens.shape[1]} positions, the model takes at most "
                              f"{config.max_seq_len} (max_seq_len): cut it, or train a longer model.")
-        if not torch.compiler.is_compiling() and tokens.numel():
+        if not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= config.vocab_size:
                 raise ValueError(f"tokens hold the ids {low}..{high}, the vocabulary is 0..{config.vocab_size - 1}: "
@@ -400,7 +377,8 @@ class LoopMDM(nn.Module):
         return tokens, self._checked_loops(n_loops)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        """A copy has no lock of another model, and no edits: they are undone on the model they were made on."""
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"replans": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -4,7 +4,7 @@ Both releases load their model code from the hub. These follow its call structur
 run anywhere; with the real code at hand (``trust_remote_code=True``) the same sites and schedules hold.
 
     model = OuroLike()                 # model.layers.*, model.norm, model.early_exit_gate, once per step
-    model = HuginnLike()               # transformer.prelude.*, .adapter, .core_block.*, .coda.*, .ln_f
+    model = HuginnLike()               # transformer.prelude.**, .adapter, .core_block.**, .coda.**, .ln_f
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@ from studies.tasks.arithmetic import Arithmetic
 from studies.tasks.automaton import Automaton
 from studies.tasks.contract import Batch, Latent, Task
 from studies.tasks.pointer import Pointer
+from studies.tasks.stories import Stories
 from studies.tasks.sudoku import Sudoku
 from studies.tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Automaton, Pointer, Sudoku, Arithmetic, Text)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Automaton, Pointer, Sudoku, Arithmetic, Stories, Text)}
 
 
 def load_task(values: Mapping[str, Any]) -> Task:
@@ -23,4 +24,5 @@ def load_task(values: Mapping[str, Any]) -> Task:
     return TASKS[str(name)].from_dict(values)
 
 
-__all__ = ["TASKS", "Arithmetic", "Automaton", "Batch", "Latent", "Pointer", "Sudoku", "Task", "Text", "load_task"]
+__all__ = ["TASKS", "Arithmetic", "Automaton", "Batch", "Latent", "Pointer", "Stories", "Sudoku", "Task", "Text",
+           "load_task"]

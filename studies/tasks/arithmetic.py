@@ -5,10 +5,10 @@ to be filled in. Factors are units of the modulus, so that no step forgets the v
 and every result needs the whole chain. Operations and operands are given; the results are free.
 
     >>> print(Arithmetic(modulus=7, steps=3).decode(Arithmetic(steps=3).sample(1, seed=0).tokens[0]))
-    a = 5
-    b = a * 3 = 1
-    c = b + 4 = 5
-    d = c + 2 = 0
+    a = 4
+    b = a + 3 = 0
+    c = b * 5 = 0
+    d = c + 5 = 5
 """
 
 from __future__ import annotations

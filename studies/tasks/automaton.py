@@ -6,9 +6,9 @@ the three cells above each one, and the row a cell stands in: a model that appli
 once per loop should make one more row (or more) decodable with each loop.
 
     >>> print(Automaton(rule=30, width=12, rows=3).decode(Automaton(rows=3).sample(1, seed=0).tokens[0]))
-    ..##.#......
-    .##..##.....
-    ##.###.#....
+    .##.#######.
+    ##..#......#
+    ..####....##
 """
 
 from __future__ import annotations

@@ -114,4 +114,5 @@ class Task(ABC):
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known - {"name"}):
             raise ValueError(f"task {cls.name!r} has no fields {unknown}; it has {sorted(known)}.")
-        return cls(**{key: value for key, value in values.items() if key != "name"})
+        return cls(**{key: tuple(value) if isinstance(value, list) else value   # JSON has no tuples
+                      for key, value in values.items() if key != "name"})

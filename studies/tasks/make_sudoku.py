@@ -27,7 +27,7 @@ from studies.tasks.sudoku import Shape, propagate
 
 
 @dataclass(frozen=True)
-class Make:
+class MakeSudoku:
     """Dig puzzles with unique solutions."""
 
     size: int = 6
@@ -118,7 +118,7 @@ def dig(solver: Solver, solution: list[int], rng: random.Random, min_givens: int
     return grid
 
 
-def make(args: Make) -> Path:
+def make_sudoku(args: MakeSudoku) -> Path:
     """Dig, measure difficulty, split and write. The file is the same for the same arguments."""
     rng, solver = random.Random(args.seed), Solver(args.size)
     rows: dict[tuple[tuple[int, ...], tuple[bool, ...]], None] = {}
@@ -145,5 +145,5 @@ def make(args: Make) -> Path:
 
 
 if __name__ == "__main__":
-    make(tyro.cli(Make, description=__doc__))
+    make_sudoku(tyro.cli(MakeSudoku, description=__doc__))
     sys.exit(0)

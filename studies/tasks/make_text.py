@@ -21,7 +21,7 @@ from studies.tasks.text import SPECIAL, is_test_document
 
 
 @dataclass(frozen=True)
-class Make:
+class MakeText:
     """Pack text and train a tokeniser."""
 
     source: Path
@@ -34,7 +34,7 @@ class Make:
     """Folder of both files."""
 
 
-def make(args: Make) -> None:
+def make_text(args: MakeText) -> None:
     """Write both files; they are the same for the same source."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -57,5 +57,5 @@ def make(args: Make) -> None:
 
 
 if __name__ == "__main__":
-    make(tyro.cli(Make, description=__doc__))
+    make_text(tyro.cli(MakeText, description=__doc__))
     sys.exit(0)

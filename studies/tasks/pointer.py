@@ -5,7 +5,7 @@ is the entity before. The pairs and each chain's start are given, the rest of th
 The permutation is a single cycle, so that a chain repeats nothing before it has seen every key.
 
     >>> print(Pointer(keys=4, hops=3).decode(Pointer(keys=4, hops=3).sample(1, seed=0).tokens[0]))
-    c>a d>b a>d b>c | a d b c
+    c>d d>a a>b b>c | c d a b
 
 With one chain an example teaches little, and small models stay at guessing for long; ``chains`` asks
 the same function from several starts at once.

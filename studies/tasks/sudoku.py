@@ -10,11 +10,16 @@ random, and no solution of the test split equals one of the training split after
 that is so after any change of places that keeps the rules, too, so ``symmetries`` may train on all images of
 a puzzle; 6 × 6 has too few different solutions for that.
 
-    >>> print(Sudoku(size=6).decode(puzzle))     # "." is a blank
-    . . 2 | . . 5
-    4 . . | 1 . .
+    >>> batch = Sudoku(size=6).sample(1, seed=0)
+    >>> print(Sudoku(size=6).decode(batch.tokens.masked_fill(batch.free, 6)[0]))     # "." is a blank
+    . . . | 6 . .
+    6 . . | . . 4
     ------+------
-    …
+    . 2 6 | . . .
+    . . 1 | . . .
+    ------+------
+    . . . | 2 . .
+    5 4 . | 1 . .
 """
 
 from __future__ import annotations

@@ -31,9 +31,12 @@ QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component
          "--no-default-browser-check", "--disable-default-apps", "--disable-dev-shm-usage", "--mute-audio"]
 """No sandbox (CI runs as root) and nothing sent in the background."""
 
+PATIENCE_S = 300.0
+"""How long to wait for what is bound to come: a machine with one busy core answers late, and late is not wrong."""
+
 
 @contextmanager
-def serve(zoo: Path | None = None, results: Path | None = None, *, wait_s: float = 60) -> Iterator[str]:
+def serve(zoo: Path | None = None, results: Path | None = None, *, wait_s: float = PATIENCE_S) -> Iterator[str]:
     """Run the explorer on a free port of localhost; yields its address. RuntimeError with its log if it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,7 +76,7 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
-def settled(page: Page, *, timeout_s: float = 60) -> None:
+def settled(page: Page, *, timeout_s: float = PATIENCE_S) -> None:
     """Wait until the script has run, no element is stale, and every chart is drawn."""
     page.wait_for_selector("[data-testid=stAppViewContainer]", timeout=1000 * timeout_s)
     quiet_since, deadline = None, time.monotonic() + timeout_s

@@ -12,10 +12,10 @@ from playwright.sync_api import Browser, Page
 
 from studies.rerun import Rerun
 from studies.rerun import main as rerun
-from tests.browser.explorer import PAGES, chromium, serve, settled
+from tests.browser.explorer import PAGES, PATIENCE_S, chromium, serve, settled
 from tests.small_zoo import make_zoo
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.browser
 
 
 PROBE = re.compile(r"/\w+/_stcore/(health|host-config)$")
@@ -41,6 +41,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     """A window that fails the test on an error on the console, an uncaught exception, or a request to elsewhere."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(1000 * PATIENCE_S)
     window = context.new_page()
     troubles: list[str] = []
     window.on("console", lambda message: troubles.append(f"{message.text} {message.location.get('url')}")
@@ -72,7 +73,7 @@ def drawn(page: Page) -> list[str]:
         .map(plot => JSON.stringify(plot.data))""")
 
 
-def redrawn(page: Page, before: list[str], *, timeout_s: float = 30) -> list[str]:
+def redrawn(page: Page, before: list[str], *, timeout_s: float = PATIENCE_S) -> list[str]:
     """What the charts show once they differ from ``before``; a control may take a moment to reach the server."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -208,5 +209,7 @@ def _click_cell(page: Page, position: int) -> None:
                 y: box.top + yaxis._offset + yaxis.d2p(plot.calcdata[0][i].y)};
     }""", position)
     page.mouse.move(place["x"], place["y"])
-    page.wait_for_timeout(150)   # plotly takes a click only where it has seen the pointer
+    handle = board.element_handle()   # plotly takes a click only where it has seen the pointer
+    page.wait_for_function("([plot, i]) => (plot._hoverdata || []).some(p => p.pointNumber === i)",
+                           arg=[handle, position])
     page.mouse.click(place["x"], place["y"])

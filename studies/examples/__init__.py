@@ -1,0 +1,1 @@
+"""One runnable script per looped architecture that `hooks` adopts or watches."""

@@ -1,0 +1,1 @@
+"""Which training recipe makes a LoopMDM use its loops?"""

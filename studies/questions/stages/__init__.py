@@ -1,0 +1,1 @@
+"""What is alike from loop to loop, and does the content advance?"""

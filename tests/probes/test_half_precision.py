@@ -1,0 +1,161 @@
+"""Every probe on float16 and bfloat16 models: what it says of the float32 model, up to the model's own rounding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor
+
+from hooks import HookedLoopMDM
+from hooks.edits import freeze
+from probes import attention, geometry, linear, similarity, stages
+from probes.attention import attention_summary, pattern_distance, patterns
+from probes.cycles import own_loops
+from probes.geometry import (
+    classify_tokens,
+    contraction,
+    dynamics,
+    effective_rank,
+    fixed_point,
+    matrix_entropy,
+    trajectory_pca,
+)
+from probes.lenses import read_lens, reading
+from probes.linear import probe_latent, ridge_probes
+from probes.similarity import cka_between_depths, linear_cka
+from probes.stages import (
+    frozen_attention,
+    head_distances,
+    other_layer_distance,
+    pattern_gram,
+    same_layer_distance,
+    signature,
+    whole,
+)
+from tests.small import MASK, VARIANTS, small_model, small_tokens
+
+LOOPS = 8
+TOKENS = small_tokens(batch=24, seed=3)
+TRUTH = small_tokens(batch=24, seed=4).clamp(max=MASK - 1)
+
+Result = xr.Dataset | xr.DataArray
+
+
+def residual(model: HookedLoopMDM) -> tuple[xr.DataArray, Any]:
+    with torch.no_grad():
+        _, rec = model.run_with_cache(TOKENS, LOOPS, names_filter="blocks.*.hook_resid_post")
+    return rec.residual_stream(), rec.topology
+
+
+def states(model: HookedLoopMDM) -> Tensor:
+    with torch.no_grad():
+        _, rec = model.run_with_cache(TOKENS, LOOPS, names_filter="blocks.2.hook_resid_post")
+    return rec.stack("blocks.2.hook_resid_post").flatten(1, 2)          # [loop, example, d_model], in the model's dtype
+
+
+def numbers(*values: Any) -> xr.Dataset:
+    return xr.Dataset({f"value_{i}": (tuple(f"axis_{i}_{j}" for j in range(np.ndim(v))), np.asarray(v))
+                       for i, v in enumerate(values)})
+
+
+PROBES: dict[str, Callable[[HookedLoopMDM], Result]] = {
+    "logit lens": lambda m: read_lens(m, TOKENS, n_loops=LOOPS, kind="logit", targets=TRUTH, top_k=3),
+    "coda lens": lambda m: read_lens(m, TOKENS, n_loops=LOOPS, kind="coda", targets=TRUTH),
+    "probe_latent": lambda m: probe_latent(m, TOKENS, TOKENS % 2, 2, n_loops=LOOPS, groups=torch.arange(9) % 2),
+    "ridge_probes": lambda m: ridge_probes(states(m), TOKENS.flatten() % 2, 2, train=torch.arange(216) % 3 > 0),
+    "dynamics": lambda m: dynamics(*residual(m), fixed_point=fixed_point(m, TOKENS, n_loops=24)),
+    "fixed_point": lambda m: fixed_point(m, TOKENS, n_loops=24),
+    "contraction": lambda m: contraction(dynamics(*residual(m), fixed_point=fixed_point(m, TOKENS, n_loops=24))
+                                         .distance_to_fixed_point, floor=0.2),
+    "classify_tokens": lambda m: classify_tokens(*residual(m), threshold=0.9),
+    "trajectory_pca": lambda m: trajectory_pca(residual(m)[0])[["explained_variance", "explained_variance_ratio"]],
+    "effective_rank": lambda m: effective_rank(residual(m)[0]),
+    "matrix_entropy": lambda m: matrix_entropy(residual(m)[0]),
+    "patterns": lambda m: patterns(m, TOKENS, n_loops=LOOPS),
+    "attention_summary": lambda m: attention_summary(m, TOKENS, n_loops=LOOPS),
+    "pattern_distance": lambda m: pattern_distance(m, TOKENS, n_loops=LOOPS),
+    "linear_cka": lambda m: linear_cka(states(m)[0], states(m)[-1]),
+    "cka_between_depths": lambda m: cka_between_depths(residual(m)[0]),
+    "signature": lambda m: signature(m, TOKENS, TRUTH, own_loops(m.topology(LOOPS))),
+    "signature of all layers": lambda m: signature(m, TOKENS, TRUTH, whole(m.config)),
+    "pattern_gram": lambda m: pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS))),
+    "head_distances": lambda m: head_distances(pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))),
+    "same_layer_distance": lambda m: numbers(same_layer_distance(head_distances(
+        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
+    "other_layer_distance": lambda m: numbers(other_layer_distance(head_distances(
+        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
+    "frozen_attention": lambda m: numbers(frozen_attention(m, TOKENS, own_loops(m.topology(LOOPS)), after=1)),
+}
+
+SHARES = {"probe_latent", "ridge_probes"}
+"""Probes that count right answers: a share of a few dozen examples moves by whole examples."""
+
+
+@pytest.fixture(scope="module", params=["plain", "everything"])
+def settling(request: pytest.FixtureRequest) -> HookedLoopMDM:
+    """A model that rounding does not send elsewhere: its blocks write a quarter of what random ones write."""
+    model = small_model(**VARIANTS[request.param])
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.out.weight *= 0.25
+            block.mlp.down.weight *= 0.25
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(PROBES))
+def test_probes_agree_with_the_model_in_single_precision(name: str, dtype: torch.dtype,
+                                                         settling: HookedLoopMDM) -> None:
+    rounding = float(torch.finfo(dtype).eps)
+    full = _variables(PROBES[name](settling))
+    rounded = small_model(**_choices(settling)).eval()
+    rounded.load_state_dict(settling.state_dict())
+    half = _variables(PROBES[name](rounded.to(dtype)))
+    assert half.keys() == full.keys()
+    for key, value in half.items():
+        expected = full[key]
+        assert (np.isfinite(value) == np.isfinite(expected)).all(), key
+        if value.dtype.kind in "iub":  # values that jump: how many agree?
+            assert (value == expected).mean() > 0.9, key
+            continue
+        assert value.dtype.kind == "f"
+        assert value.dtype.itemsize >= 4, key  # a measurement is never held in half precision
+        apart = np.abs(value - expected)[np.isfinite(expected)]
+        size = np.abs(expected)[np.isfinite(expected)]
+        allowed = 0.05 if name in SHARES else 12 * rounding * max(float(np.sqrt((size ** 2).mean())), 1.0)
+        assert np.sqrt((apart ** 2).mean()) <= allowed, (key, apart.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distances_of_equal_patterns_are_zero_in_every_precision(dtype: torch.dtype) -> None:
+    model = small_model().to(dtype)
+    with model.hooks([freeze(0)], n_loops=4):
+        distance = head_distances(pattern_gram(model, TOKENS, own_loops(model.topology(4))))
+    same_layer = distance.layer.values[:, None] == distance.layer.values[None]
+    assert distance.values[:, same_layer].max() < 1e-3
+    assert distance.values[:, ~same_layer].min() > 0.01
+
+
+def test_every_public_probe_is_here() -> None:
+    measured = {"model", "residual", "x", "features", "gram", "distance", "distances"}
+    probes = {
+        name for module in (attention, geometry, linear, similarity, stages, reading)
+        for name, fn in inspect.getmembers(module, inspect.isfunction)
+        if fn.__module__ == module.__name__ and not name.startswith("_")
+        and measured & set(inspect.signature(fn).parameters)}
+    assert probes <= {*PROBES, "read_lens"}
+
+
+def _choices(model: HookedLoopMDM) -> dict[str, Any]:
+    return VARIANTS["everything"] if model.config.conditioned else {}
+
+
+def _variables(result: Result) -> dict[str, np.ndarray]:
+    arrays = dict(result.data_vars) if isinstance(result, xr.Dataset) else {"value": result}
+    return {str(name): array.to_numpy() for name, array in arrays.items()}

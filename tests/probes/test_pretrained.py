@@ -1,0 +1,108 @@
+"""A pretrained masked language model that nobody here made, looped without training, under every probe.
+
+AntiBERTy (MIT, PyPI antiberty==0.1.3): BERT with 8 layers of width 512 for antibody sequences, 25 tokens. The files
+are too large to bundle: `make specimens` downloads them and runs these tests.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from hooks import LoopedModel, adopt, loopify
+from probes import attention_summary, cka_between_depths, dynamics, fixed_point, probe_latent, read_lens
+
+pytestmark = pytest.mark.pretrained
+FILES = Path(__file__).resolve().parents[2] / "runs" / "specimens" / "antiberty" / "trained_models"
+CHAINS = (
+    "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYCAAPYCSSISCNDGFDI",
+    "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQSTHVPYTFGGGTKLEI")
+N_LOOPS = 2
+
+
+class Residues:
+    """The package's vocabulary: one token per residue."""
+
+    def __init__(self) -> None:
+        self.names = (FILES / "vocab.txt").read_text().split()
+        self.mask_token_id = self.names.index("[MASK]")
+
+    def encode(self, chain: str) -> list[int]:
+        return [self.names.index(name) for name in ("[CLS]", *chain, "[SEP]")]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.names[i] for i in ids]
+
+
+@pytest.fixture(scope="module")
+def unlooped() -> BertForMaskedLM:
+    folder = FILES / "AntiBERTy_md_smooth"
+    known = set(BertConfig().to_dict())
+    settings = {key: value for key, value in json.loads((folder / "config.json").read_text()).items()
+                if key in known - {"architectures", "model_type", "transformers_version"}}
+    bert = BertForMaskedLM(BertConfig(**settings, attn_implementation="eager"))
+    state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    assert not bert.load_state_dict(state, strict=False).missing_keys
+    return bert.eval()
+
+
+@pytest.fixture(scope="module")
+def chains() -> tuple[torch.Tensor, torch.Tensor]:
+    """(masked tokens, clean tokens), every seventh residue masked."""
+    length = min(map(len, CHAINS))
+    clean = torch.tensor([Residues().encode(chain[:length]) for chain in CHAINS])
+    masked = clean.clone()
+    masked[:, 3:-1:7] = Residues().mask_token_id
+    return masked, clean
+
+
+@pytest.fixture(scope="module")
+def model(unlooped: BertForMaskedLM) -> LoopedModel:
+    loopify(unlooped, (3, 4), N_LOOPS)
+    return adopt(unlooped, tokenizer=Residues())
+
+
+@torch.no_grad()
+def test_it_still_reads_antibodies_when_its_middle_runs_twice(model, chains):
+    masked, clean = chains
+    scored = model.scored(masked)
+    for n_loops in (1, N_LOOPS):
+        right = (model(masked, n_loops).argmax(-1) == clean)[scored].float().mean()
+        assert right > 0.8, n_loops
+    assert "".join(model.decode(clean[0][1:5])) == CHAINS[0][:4]
+
+
+@torch.no_grad()
+def test_lenses(model, chains):
+    masked, clean = chains
+    answer = model(masked, N_LOOPS)
+    fewer = model(masked, 1)
+    for kind in ("logit", "coda"):
+        lens = read_lens(model, masked, n_loops=N_LOOPS, kind=kind, targets=clean)
+        np.testing.assert_array_equal(lens.prediction[-1], answer.argmax(-1))
+        np.testing.assert_allclose(lens.kl_to_final[-1], 0, atol=1e-5)
+    at = model.topology(N_LOOPS).loop_depths()[0][-1]
+    np.testing.assert_array_equal(lens.prediction[at], fewer.argmax(-1))
+
+
+@torch.no_grad()
+def test_the_other_probes(model, chains):
+    masked, clean = chains
+    summary = attention_summary(model, masked, n_loops=N_LOOPS)
+    assert summary.entropy.shape == (model.topology(N_LOOPS).depth, 8)
+    sites = [model.site(depth, n_loops=N_LOOPS) for depth in range(model.topology(N_LOOPS).depth)]
+    _, rec = model.run_with_cache(masked, N_LOOPS, names_filter=sites)
+    stream = rec.residual_stream()
+    assert dynamics(stream, rec.topology).step_relative.isel(loop=1).min() > 0
+    np.testing.assert_allclose(np.diag(cka_between_depths(stream)), 1, atol=1e-6)
+    assert fixed_point(model, masked, n_loops=4).sizes["layer"] == 2
+    many = model.select(masked, torch.arange(2).repeat_interleave(8))
+    hydrophobic = torch.isin(clean, torch.tensor([Residues().names.index(r) for r in "AVILMFWY"])).long()
+    labels = hydrophobic[torch.arange(2).repeat_interleave(8)]
+    found = probe_latent(model, many, labels, 2, n_loops=N_LOOPS, groups=torch.zeros(labels.shape[1], dtype=torch.long))
+    assert float(found.accuracy[-1, 0]) > float(found.majority[-1, 0])
