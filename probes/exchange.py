@@ -106,7 +106,7 @@ class Trajectory:
         return self.model.walk(state, self.context.rows(rows), *self.maps[j])
 
     def go_on(self, k: int, state: Float[Tensor, "row pos d_model"], rows: Int[Tensor, "row"],
-              ) -> Float[Tensor, "row answer vocab"]:
+              ) -> Float[Tensor, "row pos vocab"]:
         """The answer when ``state`` enters place k (the number of places: what follows the last map)."""
         depth = self.maps[k][0] if k < self.n_places else self.maps[-1][1]
         return self.model.resume(depth, state, self.context.rows(rows))
@@ -338,9 +338,9 @@ def _derangement(n: int, seed: int) -> Int[Tensor, "example"]:
 def _dataset(kl: np.ndarray, work: np.ndarray, changed: np.ndarray, changed_by_skip: np.ndarray, cycle: Cycle,
              maps: Maps) -> xr.Dataset:
     loop, layer = (np.array(part) for part in zip(*cycle.labels(maps), strict=True))
-    coords: dict[Hashable, Any] = {"loop": ("content", loop), "layer": ("content", layer),
-                                   "loop_of_operation": ("operation", loop),
-                                   "layer_of_operation": ("operation", layer)}
+    coords: dict[Hashable, Any] = {
+        "loop": ("content", loop), "layer": ("content", layer),
+        "loop_of_operation": ("operation", loop), "layer_of_operation": ("operation", layer)}
     by_place: dict[Hashable, Any] = {name: coords[name] for name in ("loop", "layer")}
     kept = "mean over an example's scored positions"
     return xr.Dataset({

@@ -10,10 +10,10 @@ correction over the whole report; what does not hold is not decided.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -157,9 +157,8 @@ class _Drawn:
         self._draws = draws(evidence.sizes)
         self._of_layers = self._draws if evidence.layers is None or evidence.layers.sizes == evidence.sizes else draws(
             evidence.layers.sizes)
-        self.exchanges: dict[str, Exchanges | None] = {
-            "fixed": evidence.loops, "drifting": evidence.aligned,
-            "layers": None if evidence.layers is None else evidence.layers.exchanges}
+        layers = None if evidence.layers is None else evidence.layers.exchanges
+        self.exchanges = {"fixed": evidence.loops, "drifting": evidence.aligned, "layers": layers}
         self.work: dict[str, Float[np.ndarray, "draw content"]] = {}
         self.tau: dict[str, Float[np.ndarray, "draw content operation"]] = {}
         for name, measured in self.exchanges.items():
@@ -195,7 +194,8 @@ class _Cell:
 
     # ---- claims
 
-    def _claim(self, name: str, values: Float[np.ndarray, "draw"], *, shared: bool = False, **sides: float) -> None:
+    def _claim(self, name: str, values: Float[np.ndarray, "draw"], sides: Mapping[str, float], *,
+               shared: bool = False) -> None:
         """A claim on a quantity, given its estimate and then its draws; a shared one is the same for all ranges."""
         key = self._key(name, shared)
         if not shared:
@@ -210,35 +210,35 @@ class _Cell:
         return self.claims.side(self._key(name, shared=False))
 
     def _register_work(self) -> None:
-        work = self.drawn.work["fixed"]
+        work, both = self.drawn.work["fixed"], {"above": self.delta, "below": self.delta}
         for k in self._members():
-            self._claim(f"work {k}", work[:, k], shared=True, above=self.delta, below=self.delta)
-        self._claim("work", work[:, self.start:self.stop].mean(1), above=self.delta, below=self.delta)
+            self._claim(f"work {k}", work[:, k], both, shared=True)
+        self._claim("work", work[:, self.start:self.stop].mean(1), both)
 
     def _register_content(self) -> None:
         prefix, skip, line = self.evidence.prefix, self.evidence.skip, self.evidence.line
         mean, final = self.drawn.mean, self.evidence.prefix[-1]
-        both: dict[str, Any] = {"above": self.delta, "below": self.delta}
-        around: dict[str, Any] = {"above": self.delta, "below": -self.delta, "within": self.delta}
-        self._claim("gain", mean(prefix[self.start] - prefix[self.stop]) / len(self.range), **around)
-        self._claim("worth", mean((skip[self.start:self.stop] - final).mean(0)), **around)
-        self._claim("whole gain", mean(prefix[1] - final), **both)
+        both = {"above": self.delta, "below": self.delta}
+        around = {"above": self.delta, "below": -self.delta, "within": self.delta}
+        self._claim("gain", mean(prefix[self.start] - prefix[self.stop]) / len(self.range), around)
+        self._claim("worth", mean((skip[self.start:self.stop] - final).mean(0)), around)
+        self._claim("whole gain", mean(prefix[1] - final), both)
         if self.start:
-            self._claim("earlier gain", mean(prefix[0] - prefix[self.start]), **both)
-            self._claim("earlier worth", mean((skip[:self.start] - final).mean(0)), **both)
+            self._claim("earlier gain", mean(prefix[0] - prefix[self.start]), both)
+            self._claim("earlier worth", mean((skip[:self.start] - final).mean(0)), both)
         if np.isfinite(line[self.stop]).any():
-            self._claim("beyond the line", mean(line[self.stop] - prefix[self.stop]), **both)
+            self._claim("beyond the line", mean(line[self.stop] - prefix[self.stop]), both)
 
     def _register_operation(self, basis: str) -> None:
-        limits: dict[str, Any] = {"above": self.thresholds.same, "below": self.thresholds.different}
+        limits = {"above": self.thresholds.same, "below": self.thresholds.different}
         found = self.drawn.tau[basis]
         for i, j in combinations(self._members(), 2):
-            both = np.minimum(found[:, i, j], found[:, j, i]), np.maximum(found[:, i, j], found[:, j, i])
-            self._claim(f"{basis} {i} {j} both", both[0], shared=True, **limits)
-            self._claim(f"{basis} {i} {j} either", both[1], shared=True, below=self.thresholds.different)
+            lesser, larger = (pick(found[:, i, j], found[:, j, i]) for pick in (np.minimum, np.maximum))
+            self._claim(f"{basis} {i} {j} both", lesser, limits, shared=True)
+            self._claim(f"{basis} {i} {j} either", larger, {"below": self.thresholds.different}, shared=True)
         pairs = [(i, j) for i, j in product(self.range, repeat=2) if i != j]
         if pairs:
-            self._claim(_mean_name(basis), self._weighted(basis, pairs), **limits)
+            self._claim(_mean_name(basis), self._weighted(basis, pairs), limits)
             if self.start:
                 first = [pair for k in self.range for pair in ((0, k), (k, 0))]
                 self.claims.add(self._key(f"{basis} first", shared=False), self._weighted(basis, first)[1:], **limits)
@@ -247,10 +247,10 @@ class _Cell:
         inside = [p for p, loop in enumerate(layers.loop) if loop in self.range]
         pairs = [(p, q) for p, q in product(inside, repeat=2) if layers.loop[p] != layers.loop[q]
                  and np.isfinite(layers.exchanges.kl[p, q]).any()]
-        limits: dict[str, Any] = {"above": self.thresholds.same, "below": self.thresholds.different}
+        limits = {"above": self.thresholds.same, "below": self.thresholds.different}
         for name, alike in (("same-layer tau", True), ("other-layer tau", False)):
             if chosen := [(p, q) for p, q in pairs if (layers.layer[p] == layers.layer[q]) == alike]:
-                self._claim(name, self._weighted("layers", chosen), **limits)
+                self._claim(name, self._weighted("layers", chosen), limits)
 
     def _weighted(self, which: str, pairs: Sequence[tuple[int, int]]) -> Float[np.ndarray, "draw"]:
         """Mean τ of the pairs, cut to ±clip, weighted by the work that is to be replaced."""

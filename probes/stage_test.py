@@ -264,9 +264,8 @@ def _over_positions(values: xr.DataArray) -> np.ndarray:
 def _mean_tau(found: Sequence[_Measured], name: str) -> xr.DataArray:
     """τ from means over the examples of all training seeds; layers that were not exchanged are left out."""
     together = xr.concat([getattr(one, name) for one in found], "example", coords="minimal", compat="override")
-    value = tau(together)
-    measured = np.isfinite(value.values)
-    return value.isel(content=measured.any(1), operation=measured.any(0))
+    exchanged = np.isfinite(together.kl.values).any(-1)
+    return tau(together).isel(content=exchanged.any(1), operation=exchanged.any(0))
 
 
 def _mean_gains(found: Sequence[_Measured]) -> xr.Dataset:
@@ -403,12 +402,11 @@ def _regime(findings: Sequence[Finding]) -> Regime:
     return said[0] if len(set(said)) == 1 else "undecided"
 
 
-def _numbers(values: xr.DataArray) -> list[Any]:
-    """Nested lists for JSON, with None for what was not measured."""
-    shown: Any = values.values.astype(object)
-    shown[~np.isfinite(values.values)] = None
-    numbers: list[Any] = shown.tolist()
-    return numbers
+def _numbers(values: xr.DataArray) -> Any:
+    """Nested lists (or one number) for JSON, with None for what was not measured."""
+    found = np.array(values.values, dtype=object)
+    found[~np.isfinite(values.values)] = None
+    return found.tolist()
 
 
 def _row(finding: Finding) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def mirrored(z):
 
 
 def summed(z):
-    return z.roll(2, 1) ^ z.roll(-1, 1)
+    return z ^ z.roll(2, 1) ^ z.roll(3, 1)
 
 
 def idle(z):
@@ -32,7 +32,7 @@ def idle(z):
 
 
 OPERATIONS = {"A": shifted, "B": summed, "C": mirrored, "I": idle}
-"""A and C are alike up to a relabelling of their bits; B, a sum of two bits, is like neither."""
+"""A and C are alike up to a relabelling of their bits; B, a sum of three bits, is like neither."""
 
 
 class Block(nn.Module):
