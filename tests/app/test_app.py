@@ -197,7 +197,7 @@ def test_the_dynamics_page_tells_no_factor_by_which_loops_contract(app: AppTest)
     opened(app, "dynamics", loops="8")
     said = "\n".join(str(caption.value) for caption in app.caption)
     assert "multiplies" not in said
-    assert "7.8e-03 is what a state shows that grows by one vector again and again" in said
+    assert "grows by the same vector in every loop, would still take steps of 7.8e-03" in said
 
 
 @pytest.mark.parametrize("damage", ["gone", "half"])

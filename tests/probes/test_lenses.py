@@ -135,6 +135,7 @@ def test_results_carry_axes_roles_units_and_source_and_the_model_is_left_clean()
      r"targets have shape \(3, 8\), the answer is \[batch, pos\] = \(3, 9\)"),
     ({"final": torch.zeros(3, 9, 5)}, r"final must hold logits \[batch, pos, vocab\] = \(3, 9, 7\)"),
 ])
+@pytest.mark.unchecked
 def test_what_cannot_be_read_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_lens(small_model(), small_tokens(), n_loops=2, **options)

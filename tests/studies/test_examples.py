@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from studies.examples import architectures
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "studies" / "examples"
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "architectures.py")
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ("architectures.py", "__init__.py"))
 
 
 def started(name: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
