@@ -6,6 +6,8 @@
 """
 
 from probes.attention import attention_summary, pattern_distance, patterns
+from probes.exchange import exchange, tau
+from probes.gains import gains
 from probes.geometry import (
     classify_tokens,
     contraction,
@@ -19,7 +21,9 @@ from probes.lenses import read_lens
 from probes.linear import probe_latent, ridge_probes
 from probes.measurement import depth_coords, measurement
 from probes.similarity import cka_between_depths, linear_cka
+from probes.stage_test import Verdict, stage_test
 
-__all__ = ["attention_summary", "cka_between_depths", "classify_tokens", "contraction", "depth_coords", "dynamics",
-           "effective_rank", "fixed_point", "linear_cka", "matrix_entropy", "measurement", "pattern_distance",
-           "patterns", "probe_latent", "read_lens", "ridge_probes", "trajectory_pca"]
+__all__ = ["Verdict", "attention_summary", "cka_between_depths", "classify_tokens", "contraction", "depth_coords",
+           "dynamics", "effective_rank", "exchange", "fixed_point", "gains", "linear_cka", "matrix_entropy",
+           "measurement", "pattern_distance", "patterns", "probe_latent", "read_lens", "ridge_probes", "stage_test",
+           "tau", "trajectory_pca"]

@@ -226,9 +226,8 @@ class _Pair:
             with torch.enable_grad():
                 loss = _pair(self.run, self.frame, self.k, self.j, turns @ torch.linalg.matrix_exp(skew - skew.mT),
                              self.some(len(turns)))[0].sum()
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
+            if not _step(optimizer, loss, skew):
+                break
         with torch.no_grad():
             return turns @ torch.linalg.matrix_exp(skew - skew.mT)
 
@@ -275,6 +274,19 @@ def _pair(run: Trajectory, frame: Aligned, k: int, j: int, turns: Float[Tensor, 
     return (content @ back - wanted).square().mean((1, 2)), back
 
 
+def _step(optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""], free: Float[Tensor, "..."]) -> bool:
+    """One step on ``free`` alone, the model's own gradients untouched; False where the loss has no finite gradient
+    (a model that runs without gradients, or rounds): then only starts and mirrorings are compared."""
+    if not loss.requires_grad:
+        return False
+    gradient, = torch.autograd.grad(loss, [free], allow_unused=True)
+    if gradient is None or not bool(torch.isfinite(gradient).all()):
+        return False
+    free.grad = gradient
+    optimizer.step()
+    return True
+
+
 def _nearest(matrix: Float[Tensor, "*start kept kept"]) -> Float[Tensor, "*start kept kept"]:
     """The orthogonal matrix that is nearest (Schönemann 1966)."""
     u, _, v = torch.linalg.svd(matrix)
@@ -304,9 +316,8 @@ def _together(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[
         some = fit[torch.randperm(len(fit), generator=generator)[:n_each]]
         with torch.enable_grad():
             value = loss(current(), members[step % len(members)], some)
-            optimizer.zero_grad()
-            value.backward()
-        optimizer.step()
+        if not _step(optimizer, value, skew):
+            break
     with torch.no_grad():
         refined = current()
         before, after = (sum(float(loss(one, j, fit)) for j in members) for one in (frame, refined))

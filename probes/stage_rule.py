@@ -238,6 +238,9 @@ class _Cell:
         pairs = [(i, j) for i, j in product(self.range, repeat=2) if i != j]
         if pairs:
             self._claim(_mean_name(basis), self._weighted(basis, pairs), **limits)
+            if self.start:
+                first = [pair for k in self.range for pair in ((0, k), (k, 0))]
+                self.claims.add(self._key(f"{basis} first", shared=False), self._weighted(basis, first)[1:], **limits)
 
     def _register_stages(self, layers: Layers) -> None:
         inside = [p for p, loop in enumerate(layers.loop) if loop in self.range]
@@ -399,6 +402,8 @@ class _Cell:
             bases = [basis for basis in ("fixed", "drifting") if basis in self.drawn.tau]
             shared = [number for number, members in enumerate(classes)
                       if all(self._alike(bases, 0, k) == "above" for k in members)]
+            if len(classes) == 1 and self.start and any(self._side(f"{basis} first") == "above" for basis in bases):
+                shared = [0]
             known[0] = shared[0] if shared else len(classes)
         letters: list[str] = []
         names: dict[int, str] = {}

@@ -103,11 +103,10 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays over examples, for JSON."""
         return {"regime": self.regime, "basis": self.basis, "letters": self.letters, "text": self.text,
-                "tau": self.tau.values.tolist(), "aligned": None if self.aligned is None else
-                self.aligned.values.tolist(), "stages": {"tau": self.stages.values.tolist(),
-                                                         "loop": self.stages.loop.values.tolist(),
-                                                         "layer": self.stages.layer.values.tolist()},
-                "gains": {name: array.mean("example").values.tolist() for name, array in self.gains.items()},
+                "tau": _numbers(self.tau), "aligned": None if self.aligned is None else _numbers(self.aligned),
+                "stages": {"tau": _numbers(self.stages), "loop": self.stages.loop.values.tolist(),
+                           "layer": self.stages.layer.values.tolist()},
+                "gains": {name: _numbers(array.mean("example")) for name, array in self.gains.items()},
                 "table": self.rows(), "thresholds": asdict(self.thresholds), "n_seeds": self.n_seeds,
                 "n_examples": self.n_examples, "twin": None if self.twin is None else self.twin.to_dict()}
 
@@ -402,6 +401,11 @@ def _regime(findings: Sequence[Finding]) -> Regime:
     if len(something) == 1:
         return something.pop()
     return said[0] if len(set(said)) == 1 else "undecided"
+
+
+def _numbers(values: xr.DataArray) -> list[Any]:
+    """Nested lists for JSON, with None for what was not measured."""
+    return np.where(np.isfinite(values.values), values.values.astype(object), None).tolist()
 
 
 def _row(finding: Finding) -> dict[str, Any]:
