@@ -106,7 +106,7 @@ class Trajectory:
         return self.model.walk(state, self.context.rows(rows), *self.maps[j])
 
     def go_on(self, k: int, state: Float[Tensor, "row pos d_model"], rows: Int[Tensor, "row"],
-              ) -> Float[Tensor, "row pos vocab"]:
+              ) -> Float[Tensor, "row answer vocab"]:
         """The answer when ``state`` enters place k (the number of places: what follows the last map)."""
         depth = self.maps[k][0] if k < self.n_places else self.maps[-1][1]
         return self.model.resume(depth, state, self.context.rows(rows))

@@ -119,14 +119,14 @@ class _Reader:
         wanted = F.one_hot(self.truth, logits.shape[-1]).float()
         return self._spread(calibrated(logits, wanted, self.half)), self._spread(right)
 
-    def prior(self) -> Float[Tensor, "example pos"]:
+    def prior(self) -> Float[Tensor, "example answer"]:
         wanted = F.one_hot(self.truth).float()
         nll = torch.empty(len(self.truth))
         for judged in (False, True):
             nll[self.half == judged] = -log_prior(wanted[self.half != judged])[self.truth[self.half == judged]]
         return self._spread(nll)
 
-    def _spread(self, values: Float[Tensor, "point"]) -> Float[Tensor, "example pos"]:
+    def _spread(self, values: Float[Tensor, "point"]) -> Float[Tensor, "example answer"]:
         full = torch.full(self.scored.shape, torch.nan)
         full[self.scored.cpu()] = values
         return full
