@@ -122,7 +122,7 @@ def test_edits_act_on_what_they_say(kind: str, edit: Any) -> None:
             with watch(model, (), schedule={"core": LOOPS}, fwd_hooks=[edit(site, rec)]):
                 results.append(model(x))
         assert not torch.equal(results[-1], plain)
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[1], atol=1e-3, rtol=1e-3)  # rounding differs, and grows over loops
 
 
 def test_gradients_have_the_layout_of_states() -> None:
