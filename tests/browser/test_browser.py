@@ -155,6 +155,8 @@ def test_a_link_reopens_what_it_was_copied_from(page: Page, address: str) -> Non
     healthy(page)
     page.locator(".st-key-example").get_by_role("spinbutton").press("ArrowUp")
     healthy(page)
+    page.wait_for_function("location.href.includes('example=1')", timeout=60_000)  # the address follows the page
+    healthy(page)
     link, shown = page.url, drawn(page)
     for part in ("loops=4", "masking=by+hand", "mask=", "lens=logit+lens", "example=1"):
         assert part in link
