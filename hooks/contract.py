@@ -189,14 +189,20 @@ class LoopedModel(ABC):
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
+    def batch_axis(self, inputs: Inputs) -> int:
+        """Which axis of the inputs counts examples."""
+        return 0
+
     def batch_size(self, inputs: Inputs) -> int:
         """How many examples there are."""
-        return next(part.shape[0] for part in tensors_of(inputs) if part.ndim)
+        axis = self.batch_axis(inputs)
+        return next(part.shape[axis] for part in tensors_of(inputs) if part.ndim > axis)
 
     def select(self, inputs: Inputs, index: Int[Tensor, "row"]) -> Inputs:
         """The inputs of some of the examples, in this order; an example may be taken several times."""
-        n = self.batch_size(inputs)
-        return _mapped(inputs, lambda part: part[index.to(part.device)] if part.ndim and len(part) == n else part)
+        axis, n = self.batch_axis(inputs), self.batch_size(inputs)
+        return _mapped(inputs, lambda part: part.index_select(axis, index.to(part.device))
+                       if part.ndim > axis and part.shape[axis] == n else part)
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:

@@ -288,22 +288,10 @@ class AdoptedModel(LoopedModel):
             return [str(token) for token in self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])]
         return super().decode(ids)
 
-    def batch_size(self, inputs: Inputs) -> int:
-        return tensors_of(inputs)[0].shape[self._input_batch(tensors_of(inputs)[0])]
-
-    def select(self, inputs: Inputs, index: Int[Tensor, "row"]) -> Inputs:
-        axis = self._input_batch(tensors_of(inputs)[0])
-        if axis == 0:
-            return super().select(inputs, index)
-        size = self.batch_size(inputs)
-
-        def of(part: Any) -> Any:
-            fits = isinstance(part, Tensor) and part.ndim > axis and part.shape[axis] == size
-            return part.index_select(axis, index.to(part.device)) if fits else part
-
-        if isinstance(inputs, Mapping):
-            return {key: of(value) for key, value in inputs.items()}
-        return type(inputs)(of(part) for part in inputs) if isinstance(inputs, (tuple, list)) else of(inputs)
+    def batch_axis(self, inputs: Inputs) -> int:
+        if self._layout is None or tensors_of(inputs)[0].ndim < 2:
+            return 0
+        return [name for name in self._layout.own if name != "d_model"].index("batch")
 
     # ------------------------------------------------------------------ private
 
@@ -366,18 +354,12 @@ class AdoptedModel(LoopedModel):
             return StateLayout(("batch", "d_model") if state.ndim == 2 else BATCH_FIRST)
         return self._layout
 
-    def _input_batch(self, tensor: Tensor) -> int:
-        """Which axis of the inputs counts examples."""
-        if self._layout is None or tensor.ndim < 2:
-            return 0
-        return [name for name in self._layout.own if name != "d_model"].index("batch")
-
     def _tokens(self, inputs: Inputs) -> Tensor:
         """The tokens [batch, pos], or for inputs that are not tokens zeros of that shape."""
         if isinstance(inputs, Mapping) and isinstance(inputs.get("input_ids"), Tensor):
             return inputs["input_ids"]
         first = tensors_of(inputs)[0]
-        if self._input_batch(first):
+        if self.batch_axis(inputs):
             first = first.transpose(0, 1)
         if first.is_floating_point():
             without = self._layout is not None and "pos" not in self._layout.own
