@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import nn
 
 from hooks.foreign.discovery import is_bridge
-from hooks.foreign.schedules import LOOPIFIED, Cycles, Schedule
+from hooks.foreign.schedules import LOOPIFIED, Cycles, Schedule, albert, hrm_text, huginn, ouro
 from hooks.topology import LayerPlace, Topology
 
 Answers = Literal["masked", "next", "any"]
@@ -37,7 +37,7 @@ class Architecture:
     """``head``, ``mid`` and ``tail`` are places in the order in which they run; ``mid`` is one loop.
 
     ``with_loops(n)`` holds the model at ``n`` loops for a block, and yields keywords for its forward; None if the
-    number of loops cannot be changed. ``cycles(n)`` are the entries of the schedule for `hooks.watch`.
+    number of loops cannot be changed. ``schedule(n)`` says to `hooks.watch` which modules loop.
     ``attention`` names the pattern's site relative to a layer; ``hooks`` names the site of each kind of place.
     """
 
@@ -45,7 +45,7 @@ class Architecture:
     mid: tuple[LayerPlace, ...]
     tail: tuple[LayerPlace, ...]
     n_loops: int
-    cycles: Callable[[int], Mapping[str, Cycles]]
+    schedule: Callable[[int], Schedule]
     with_loops: Callable[[int], AbstractContextManager[dict[str, Any]]] | None = None
     attention: str | None = None
     needs_eager: bool = False              # the pattern is there only with attn_implementation="eager"
@@ -59,9 +59,6 @@ class Architecture:
             aliases["attn.hook_pattern"] = self.attention
         return Topology(len(self.head), len(self.mid), len(self.tail), n_loops, (*self.head, *self.mid, *self.tail),
                         tuple(aliases.items()))
-
-    def schedule(self, n_loops: int) -> Schedule:
-        return Schedule(self.cycles(n_loops))
 
     def order(self, module: nn.Module, n_loops: int) -> list[nn.Module]:
         """The layers of a run, one after another."""
@@ -106,8 +103,8 @@ def declared(module: nn.Module, layers: Sequence[str] | None, n_loops: int | str
             return LayerPlace(path, number[path], at)
         return LayerPlace(path, number[path], f"k{at}.i{mid[:index].count(path)}")
 
-    def entries(n: int) -> dict[str, Cycles]:
-        return {path: n if count == 1 else {"k": n, "i": count} for path, count in repeats.items()}
+    def entries(n: int) -> Schedule:
+        return Schedule({path: n if count == 1 else {"k": n, "i": count} for path, count in repeats.items()})
 
     return Architecture(tuple(place(path, 0, "") for path in paths[:first]),
                         tuple(place(path, i, "{k}") for i, path in enumerate(mid)),
@@ -216,7 +213,7 @@ def _albert(module: nn.Module, config: Any) -> Architecture:
     stack = _path_of(module, "albert_layer_groups.0.albert_layers")
     mid = _places([f"{stack}.{i}" for i in range(config.inner_group_num)], "{k}")
     return _with_attention(module, Architecture(
-        (), mid, (), config.num_hidden_layers, lambda n: {place.name: n for place in mid},
+        (), mid, (), config.num_hidden_layers, albert,
         lambda n: _attribute(config, "num_hidden_layers", n), needs_eager=True, answers="masked"))
 
 
@@ -227,8 +224,7 @@ def _hrm_text(module: nn.Module, config: Any) -> Architecture:
     outer = [LayerPlace(f"{slow}.{i}", n + i, "h{k}") for i in range(n)]
     return _with_attention(module, Architecture(
         (), (*inner, *outer), (), config.H_cycles,
-        lambda loops: {fast.rpartition(".")[0]: {"h": loops, "l": config.L_cycles},
-                       slow.rpartition(".")[0]: {"h": loops}},
+        lambda loops: hrm_text(loops, config.L_cycles),
         lambda loops: _attribute(config, "H_cycles", loops), needs_eager=True, answers="next", carries=False))
 
 
@@ -237,7 +233,7 @@ def _ouro(module: nn.Module, config: Any) -> Architecture:
     owner: Any = module.get_submodule(stack.rpartition(".")[0])
     mid = _places([f"{stack}.{name}" for name, _ in module.get_submodule(stack).named_children()], "{k}")
     return _with_attention(module, Architecture(
-        (), mid, (), owner.total_ut_steps, lambda n: dict.fromkeys(("layers", "norm", "early_exit_gate"), n),
+        (), mid, (), owner.total_ut_steps, ouro,
         lambda n: _attribute(owner, "total_ut_steps", n), needs_eager=True, answers="next"))
 
 
@@ -250,7 +246,7 @@ def _huginn(module: nn.Module, config: Any) -> Architecture:
     return _with_attention(module, Architecture(
         _places(parts["prelude"], ""), _places(parts["core_block"], "{k}", start),
         _places(parts["coda"], "", middle), config.mean_recurrence,
-        lambda n: {"adapter": n, "core_block": n, "ln_f": 2}, lambda n: nullcontext({"num_steps": n}),
+        huginn, lambda n: nullcontext({"num_steps": n}),
         answers="next"))
 
 
@@ -260,7 +256,7 @@ def _loopified(module: nn.Module) -> Architecture:
     last = loops.first + len(loops.block)
     return _with_attention(module, Architecture(
         _places(paths[:loops.first], ""), _places(paths[loops.first:last], "{k}", loops.first),
-        _places(paths[last:], "", last), loops.n_loops, lambda n: dict.fromkeys(paths[loops.first:last], n),
+        _places(paths[last:], "", last), loops.n_loops, lambda n: Schedule(dict.fromkeys(paths[loops.first:last], n)),
         lambda n: _attribute(loops, "_n_loops", n), needs_eager=True, answers=_answers(module)))
 
 
@@ -270,7 +266,7 @@ def _bridge(bridge: Any) -> Architecture:
         raise ValueError("this bridge has no blocks in a row (it is itself looped): adopt the model it was made from, "
                          "bridge.original_model.")
     paths = [f"blocks.{i}" for i in range(len(bridge.blocks))]
-    return Architecture((), _places(paths, ""), (), 1, lambda n: {}, attention="attn.hook_pattern",
+    return Architecture((), _places(paths, ""), (), 1, lambda n: Schedule({}), attention="attn.hook_pattern",
                         answers=_answers(bridge.original_model),
                         hooks={kind: f"hook_{kind}" for kind in ("resid_pre", "resid_post", "attn_out", "mlp_out")})
 
