@@ -21,7 +21,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from hooks.foreign import payload
-from hooks.foreign.replay import with_state
 from hooks.foreign.schedules import LOOPIFIED, Schedule
 
 
@@ -100,7 +99,7 @@ class Loops:
                     if where is None:
                         raise TypeError(f"{type(inner).__name__} of {self.path} returned {type(output).__name__} "
                                         "without a tensor in it, so that it cannot be looped.")
-                    args, kwargs = with_state(args, kwargs, payload.get(output, where), inner)
+                    args, kwargs = payload.with_state(args, kwargs, payload.get(output, where), inner)
                     output = inner(*(self._slots(a, loop) for a in args),
                                    **{name: self._slots(value, loop) for name, value in kwargs.items()})
         finally:

@@ -81,6 +81,16 @@ def put(value: Any, where: Where, tensor: Tensor) -> Any:
     return changed
 
 
+def with_state(args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor,
+               layer: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's own arguments with the state in them replaced. TypeError if they hold no tensor."""
+    if (where := find(args)) is not None:
+        return put(args, where, state), kwargs
+    if (where := find(kwargs)) is not None:
+        return args, put(kwargs, where, state)
+    raise TypeError(f"{type(layer).__name__} was called without a tensor, so that it cannot be run on another state.")
+
+
 class Replaying(threading.local):
     """Is this thread in a forward in which some layers are answered from a record (`hooks.foreign.replay`)?
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hooks.foreign import payload
 from hooks.foreign.layouts import StateLayout
+from hooks.foreign.loopify import Loops
 
 
 def canonical(layout: StateLayout, value: Tensor, what: str = "a layer's state") -> Float[Tensor, "batch pos d_model"]:
@@ -33,10 +34,6 @@ def canonical(layout: StateLayout, value: Tensor, what: str = "a layer's state")
         raise ValueError(f"{what} has {value.ndim} axes, {list(value.shape)}, and was declared to be "
                          f"{' × '.join(layout.own)}: pass axes= with the names in the order of the tensor.")
     return layout.canonical(value)
-
-
-RUNS_THE_REST = "_run_again"
-"""The hook of a loopified model's last looped layer that runs the other loops: it stays the last of its hooks."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class Trace:
                 return output
             payload.REPLAYING.answer = None
             if depth == start == 0:
-                args, kwargs = with_state(args, kwargs, native, layer)
+                args, kwargs = payload.with_state(args, kwargs, native, layer)
             running.append(depth)
             return forward(*args, **kwargs)
 
@@ -223,7 +220,7 @@ def patched(layers: Sequence[nn.Module], step: Callable[..., Any],
             removers.append(layer.register_forward_hook(left))
             registered: Any = layer._forward_hooks   # an OrderedDict, which torch declares as a dict
             for key, hook in list(registered.items()):
-                if getattr(hook, "__name__", "") == RUNS_THE_REST:
+                if isinstance(getattr(hook, "__self__", None), Loops):
                     registered.move_to_end(key)
         yield
     finally:
@@ -234,16 +231,6 @@ def patched(layers: Sequence[nn.Module], step: Callable[..., Any],
                 layer.__dict__["forward"] = forward
             else:
                 del layer.__dict__["forward"]
-
-
-def with_state(args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor,
-               layer: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A layer's own arguments with the state in them replaced. TypeError if they hold no tensor."""
-    if (where := payload.find(args)) is not None:
-        return payload.put(args, where, state), kwargs
-    if (where := payload.find(kwargs)) is not None:
-        return args, payload.put(kwargs, where, state)
-    raise TypeError(f"{type(layer).__name__} was called without a tensor, so that it cannot be run on another state.")
 
 
 # ---------------------------------------------------------------------- private
