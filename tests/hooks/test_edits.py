@@ -28,21 +28,7 @@ from hooks.edits import (
 from tests.small import small_model, small_tokens
 from tests.small_edits import POST, N, run
 
-
-@pytest.fixture
-def model() -> HookedLoopMDM:
-    return small_model()
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return small_tokens()
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # ------------------------------------------------------------------- edits that change nothing

@@ -17,6 +17,8 @@ from probes.attention import attention_summary, pattern_distance, patterns
 from probes.lenses import read_lens
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 LENGTHS = (9, 5, 7, 2)
 
 variants = pytest.mark.parametrize("variant", list(VARIANTS))
@@ -36,12 +38,6 @@ def padded(side: str = "right", pad: int = MASK) -> tuple[Tensor, Tensor, list[T
 
 def each(values: Tensor, mask: Tensor) -> list[Tensor]:
     return [values[i:i + 1][:, mask[i].bool()] for i in range(len(mask))]
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 @variants

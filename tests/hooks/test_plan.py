@@ -17,24 +17,10 @@ from hooks.edits import (
     swap_layers,
     swap_loops,
 )
-from tests.small import small_model, small_tokens
+from tests.small import small_model
 from tests.small_edits import POST, N, failing, run, state_after, unedited
 
-
-@pytest.fixture
-def model() -> HookedLoopMDM:
-    return small_model()
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return small_tokens()
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def test_skipping_a_loop_is_running_one_fewer(model: HookedLoopMDM, tokens: Tensor) -> None:

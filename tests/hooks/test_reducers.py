@@ -12,27 +12,13 @@ from torch import Tensor
 from hooks import HookedLoopMDM
 from hooks.recording import Recorder, Shelf
 from hooks.reducers import ChangeFromPrevious, CosineToPrevious, Entropy, Histogram, Mean, Norm, Reduced, Reduction
-from tests.small import MASK, small_model, small_tokens
+from tests.small import MASK, small_tokens
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 POST = "blocks.2.hook_resid_post"
 PATTERN = "blocks.1.attn.hook_pattern"
 N = 5
-
-
-@pytest.fixture
-def model() -> HookedLoopMDM:
-    return small_model()
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return small_tokens()
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def full(model: HookedLoopMDM, tokens: Tensor, name: str) -> Tensor:

@@ -16,22 +16,13 @@ from hooks.model.sampling import record_sampling
 from hooks.recording import Recording
 from hooks.reducers import CosineToPrevious, Mean, Norm
 from hooks.store import RecordingWriter, open_recording
-from tests.small import MASK, small_model, small_tokens
+from tests.small import MASK, small_tokens
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 POST = "blocks.2.hook_resid_post"
 NAMES = "blocks.*.hook_resid_post"
 N = 4
-
-
-@pytest.fixture
-def model() -> HookedLoopMDM:
-    return small_model()
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def record(model: HookedLoopMDM, tokens: Tensor, **options: Any) -> Recording:

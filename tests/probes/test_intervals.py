@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from probes.intervals import Interval, Resampling, bootstrap, holm, interval, p_above, p_below, p_equivalent
+from probes.intervals import (
+    Interval,
+    NotDefinedError,
+    Resampling,
+    Spread,
+    bootstrap,
+    holm,
+    interval,
+    p_above,
+    p_below,
+    p_equivalent,
+)
 
 
 def test_bootstrap_covers_the_mean_like_the_normal_interval():
@@ -26,7 +37,6 @@ def test_samples_are_resampled_together():
     assert draws.mean(values + 3) - draws.mean(values) == pytest.approx(3)
 
 
-@pytest.mark.unchecked
 @pytest.mark.unchecked
 def test_samples_of_other_examples_are_refused():
     with pytest.raises(ValueError, match="the same examples"):
@@ -97,3 +107,30 @@ def test_holm_steps_down():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm by hand
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert len(holm([])) == 0
+
+
+def test_an_interval_of_nothing_is_refused_with_its_reason():
+    with pytest.raises(NotDefinedError, match="not a finite number"):
+        bootstrap(np.mean, np.array([1.0, np.nan, 2.0]))
+
+    def of_the_first(values: np.ndarray) -> float:
+        if 0 not in values:
+            raise NotDefinedError("the first example is missing")
+        return float(values.mean())
+
+    assert bootstrap(of_the_first, np.arange(3)).high <= 2, "some resamples lack it, most do not"
+    with pytest.raises(NotDefinedError, match="the first example is missing"):
+        bootstrap(of_the_first, np.arange(1, 3))
+
+    def of_all(values: np.ndarray) -> float:
+        if len(set(values)) < 6:
+            raise NotDefinedError("some example is missing")
+        return 1.0
+
+    with pytest.raises(NotDefinedError, match="in most resamples of the examples some example is missing"):
+        bootstrap(of_all, np.arange(6))
+
+
+def test_a_spread_is_mean_least_and_greatest():
+    spread = Spread.of([0.5, 0.2, 0.8])
+    assert (spread.value, spread.low, spread.high, spread.each) == (0.5, 0.2, 0.8, (0.5, 0.2, 0.8))

@@ -9,7 +9,7 @@ from scipy.stats import f_oneway
 
 from probes import stages
 from probes.cycles import own_loops, pseudo_loops
-from probes.intervals import NotDefinedError, Spread, bootstrap
+from probes.intervals import NotDefinedError
 from tests.small import MASK, small_config, small_model, small_tokens, uniform_attention
 
 
@@ -185,39 +185,3 @@ def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
     assert torch.equal(stages.frozen_attention(model, noised, cycle, after=2), logits.argmax(-1))
     changed = stages.frozen_attention(model, noised, cycle, after=0)
     assert not torch.equal(changed, logits.argmax(-1))
-
-
-def test_bootstrap_covers_the_mean_like_the_normal_interval():
-    values = np.random.default_rng(0).normal(size=400)
-    interval = bootstrap(np.mean, values, n_resamples=2000)
-    spread = 1.96 * values.std(ddof=1) / 20
-    assert interval.value == pytest.approx(values.mean())
-    assert interval.high - interval.value == pytest.approx(spread, rel=0.15)
-    assert interval == bootstrap(np.mean, values, n_resamples=2000)
-
-
-def test_an_interval_of_nothing_is_refused_with_its_reason():
-    with pytest.raises(NotDefinedError, match="not a finite number"):
-        bootstrap(np.mean, np.array([1.0, np.nan, 2.0]))
-
-    def of_the_first(values: np.ndarray) -> float:
-        if 0 not in values:
-            raise NotDefinedError("the first example is missing")
-        return float(values.mean())
-
-    assert bootstrap(of_the_first, np.arange(3)).high <= 2, "some resamples lack it, most do not"
-    with pytest.raises(NotDefinedError, match="the first example is missing"):
-        bootstrap(of_the_first, np.arange(1, 3))
-
-    def of_all(values: np.ndarray) -> float:
-        if len(set(values)) < 6:
-            raise NotDefinedError("some example is missing")
-        return 1.0
-
-    with pytest.raises(NotDefinedError, match="in most resamples of the examples some example is missing"):
-        bootstrap(of_all, np.arange(6))
-
-
-def test_a_spread_is_mean_least_and_greatest():
-    spread = Spread.of([0.5, 0.2, 0.8])
-    assert (spread.value, spread.low, spread.high, spread.each) == (0.5, 0.2, 0.8, (0.5, 0.2, 0.8))
