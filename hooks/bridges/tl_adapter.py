@@ -291,6 +291,7 @@ class LoopEntryBridge(GeneralizedComponent):
         super().set_original_component(original_component)
         self.is_list_item = False  # one per loop, but no layer: TransformerLens counts lists of list items as blocks
 
+    # TransformerLens' components take any arguments; this one takes the two that a loop entry needs.
     def forward(self, hidden_states: Float[Tensor, "batch pos d_model"],  # type: ignore[override]
                 injected: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         entry = self.original_component

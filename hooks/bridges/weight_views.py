@@ -23,6 +23,9 @@ Condition = Float[Tensor, "#batch d_cond"]
 Gate = Callable[[], Float[Tensor, "d_model"]] | None
 
 
+# nn.Linear declares weight and bias as parameters; here they are read from another layer's: the ignored overrides.
+
+
 class LinearRows(nn.Linear):
     """Rows ``start:stop`` of a fused linear layer, as a layer of its own that owns nothing."""
 

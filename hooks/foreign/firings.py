@@ -39,6 +39,7 @@ from hooks.foreign.discovery import (
 )
 from hooks.foreign.layouts import Declared, Layouts, StateLayout, is_attention
 from hooks.foreign.places import Choice, Firing, Place, Places, places_of
+from hooks.foreign.watched import Watched
 from hooks.hook_points import HookFunction, replacing
 from hooks.recording import Recorder, Recording, axes_of
 from hooks.sites import Site, SiteError, SitePattern, SiteSpace
@@ -46,31 +47,6 @@ from hooks.sites import Site, SiteError, SitePattern, SiteSpace
 Hooks = Sequence[tuple[SitePattern, HookFunction] | Edit]
 
 UNCHECKPOINTED = "Switch checkpointing off (model.gradient_checkpointing_disable())."
-
-
-class Watched(Recording):
-    """The recording of a watch: holds the last forward that finished, and nothing before it or after a failed one."""
-
-    def __init__(self) -> None:
-        super().__init__({}, {})
-        self.filled = False
-
-    def __getitem__(self, site: str) -> Tensor:
-        self._refuse_empty()
-        return super().__getitem__(site)
-
-    def stack(self, name: str) -> Tensor:
-        self._refuse_empty()
-        return super().stack(name)
-
-    def take(self, other: Recording | None) -> None:
-        """Hold what ``other`` holds, or nothing."""
-        self.__dict__.update((Recording({}, {}) if other is None else other).__dict__, filled=other is not None)
-
-    def _refuse_empty(self) -> None:
-        if not self.filled:
-            raise SiteError("nothing is recorded: no forward of the watched module has finished since the block began, "
-                            "or since one that failed.")
 
 
 class Tap:
@@ -553,9 +529,9 @@ class Run:
 def _on_backward(fn: HookFunction) -> Callable[..., None]:
     def call(activation: Tensor, *, hook: Firing) -> None:
         _refuse_without_gradient(activation, hook)
-        # a Firing answers name, loop and site, which is what hook functions ask a HookPoint
+        # hook functions ask a HookPoint for name, loop and site, and a Firing answers the same
         def on_gradient(gradient: Tensor) -> Tensor | None:
-            returned = fn(gradient, hook=hook)  # type: ignore[arg-type]
+            returned = fn(gradient, hook=hook)  # type: ignore[arg-type]  # a Firing, see above
             return None if returned is None else replacing(returned, gradient, f"{hook.site} (gradient)")
 
         activation.register_hook(on_gradient)

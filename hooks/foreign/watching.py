@@ -33,10 +33,11 @@ from torch import nn
 
 from hooks.edits import PlanEdit
 from hooks.foreign.discovery import modules_of
-from hooks.foreign.firings import Hooks, Run, Watched
+from hooks.foreign.firings import Hooks, Run
 from hooks.foreign.layouts import Declared
 from hooks.foreign.places import places_of
 from hooks.foreign.schedules import Cycles, Schedule, Scheduled, schedule_of
+from hooks.foreign.watched import Watched
 from hooks.recording import Cut, Recorder, Recording, Reducer
 from hooks.sites import SitePattern
 
