@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ class AdoptedModel(LoopedModel):
         self._lock = threading.RLock()
         self._parameters = inspect.signature(module.forward).parameters
         self._readout = module.get_submodule(readout) if isinstance(readout, str) else readout
-        self._checked_readout = False
+        self._checked_readout = self._checked_state = False
         self._seen: StateLayout | None = None   # of states with two axes, once one was seen
         self._counted: dict[int, Discovered] = {}
         self.topology(self._max_loops)
@@ -225,6 +226,7 @@ class AdoptedModel(LoopedModel):
             context = ForeignContext(topology, trace)
             self._seen = trace.layout if trace.layout.own == ("batch", "d_model") else None
             self._check_readout(context)
+            self._check_state(context)
             return trace.entered, context
 
     def apply(self, depth: int, state: Tensor, context: Any) -> Tensor:
@@ -317,6 +319,20 @@ class AdoptedModel(LoopedModel):
     def _own_logits(self) -> bool:
         """Does the module's own forward answer in logits? With ``readout`` the state is read instead."""
         return self._readout is None
+
+    def _check_state(self, context: ForeignContext) -> None:
+        """Warns, once, if later loops depend on more of the earlier ones than the state that a layer returns."""
+        if self._checked_state or not self.architecture.carries:
+            return
+        topology = context.topology
+        last = topology.n_head + topology.n_loops * topology.n_mid - 1
+        if last - 1 > topology.n_head:   # else nothing comes before the state that could matter beside it
+            self._checked_state = True
+            if not context.trace.is_carried_by_the_state(topology.n_head, last):
+                warnings.warn(f"{self.name}: a loop depends on more of the earlier ones than its layers return, as "
+                              "where their result is added to a sum outside of them. Recordings and edits are right; "
+                              "lenses, exchanges and whatever runs layers on other states see a part of the state "
+                              "only. Name the module around the sum as the layer.", stacklevel=3)
 
     def _check_readout(self, context: ForeignContext) -> None:
         """ValueError if the declared readout of the last state is not what the module itself answers in that shape."""

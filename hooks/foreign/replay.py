@@ -83,6 +83,21 @@ class Trace:
             return self._replayed(self.index, start, stop, state)
         return self._in_whole_batches(start, stop, state)
 
+    def is_carried_by_the_state(self, first: int, depth: int) -> bool:
+        """Do layer ``depth`` and all later ones do the same, whatever the layers from ``first`` on returned before?
+
+        The state that enters the layer stays as recorded; what earlier layers returned is changed, and nothing may
+        come out otherwise. It does where the model adds a layer's result to a sum of its own, outside of the layer.
+        """
+        outputs = list(self.outputs)
+        for i in range(first, depth - 1):
+            where = _where(outputs[i], self.layers[i])
+            value = payload.get(outputs[i], where)
+            outputs[i] = payload.put(outputs[i], where, value.flip(-1) + value.abs().mean())
+        state, changed = self.state(depth), replace(self, outputs=tuple(outputs))
+        before, after = (_tensor(trace.replay(depth, None, state)) for trace in (self, changed))
+        return torch.allclose(before, after, rtol=1e-4, atol=1e-5, equal_nan=True)
+
     # ------------------------------------------------------------------ private
 
     def _replayed(self, index: Tensor | None, start: int, stop: int | None, state: Tensor) -> Any:
@@ -238,6 +253,13 @@ def patched(layers: Sequence[nn.Module], step: Callable[..., Any],
 
 class _Reached(Exception):
     """The layer at which a replay ends has returned."""
+
+
+def _tensor(value: Any) -> Tensor:
+    where = payload.find(value)
+    assert where is not None
+    tensor: Tensor = payload.get(value, where)
+    return tensor
 
 
 def _where(output: Any, layer: nn.Module) -> payload.Where:

@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hooks import Unavailable, adopt
 from hooks.edits import patch
@@ -306,6 +307,28 @@ def test_a_readout_that_is_not_the_models_own_is_refused():
     model = adopt(Mine(), layers=["block"], n_loops=4, readout=lambda state: state @ torch.ones(16, 50))
     with pytest.raises(ValueError, match="differs from what Mine answers"):
         model.run(torch.ones(2, 3, dtype=torch.long))
+
+
+class SumOutside(nn.Module):
+    """Adds what its block returns to a sum that the block does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.b, self.unembed = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for _ in range(4):
+            x = x + torch.tanh(self.b(x))
+        return self.unembed(x)
+
+
+def test_a_state_that_is_not_all_that_loops_hand_on_is_warned_of():
+    tokens = torch.arange(6).view(2, 3)
+    model = adopt(SumOutside(), layers=["b"], n_loops=4)
+    with pytest.warns(UserWarning, match="Name the module around the sum"):
+        model.enter(tokens)
+    model.enter(tokens)   # once is enough, and warnings are errors here
 
 
 def test_nothing_is_left_on_the_module():
