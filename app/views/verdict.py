@@ -247,14 +247,6 @@ def _every_number(results: Results) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def _interval(cell: dict[str, float | None] | None) -> str:
-    """Value and interval; a single run has no interval."""
-    if cell is None or cell["value"] is None:
-        return ""
-    interval = "" if cell["low"] is None or cell["high"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
-    return f"{cell['value']:.3f}{interval}"
-
-
 PAGES = {"stages": _stages, "claims": _claims, "ablations": _ablations,
          "length_generalization": _length_generalization}
 """The page of each study."""
