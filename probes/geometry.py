@@ -1,7 +1,7 @@
 """Geometry: how the residual stream moves from loop to loop, and the shape of the cloud it makes.
 
 Second stop of the way hooks → probes → studies → app. A layer of the cycle is compared with
-itself one loop earlier, never with its neighbour: steps, the angle between them, the distance
+itself one loop earlier, never with its neighbour: steps, the cosine between them, the distance
 to where the loop would end, and the classes and dimensions that follow from these.
 
     _, rec = model.run_with_cache(noised, n_loops=8, names_filter="blocks.*.hook_resid_post")
@@ -33,8 +33,8 @@ TOKEN_CLASSES = ("drifting", "cyclic", "converged")
 _DYNAMICS: dict[str, tuple[str, str, str]] = {
     "step_norm": ("step size", "‖Δ_k‖ with Δ_k = X_k − X_(k−1) at the same layer", LOOP_STEPS),
     "step_relative": ("relative step size", "‖Δ_k‖ / ‖X_(k−1)‖", LOOP_STEPS),
-    "step_cosine": ("angle between consecutive steps", "cos(Δ_k, Δ_(k−1))", LOOP_STEPS),
-    "step_cosine_unit": ("angle between consecutive steps of unit-norm states",
+    "step_cosine": ("cosine between consecutive steps", "cos(Δ_k, Δ_(k−1))", LOOP_STEPS),
+    "step_cosine_unit": ("cosine between consecutive steps of unit-norm states",
                          "cos(Δ_k, Δ_(k−1)) with X_k scaled to norm 1 first", LOOP_STEPS),
     "acceleration": ("acceleration", "‖Δ_k − Δ_(k−1)‖", LOOP_STEPS),
     "distance_to_fixed_point": ("distance to the fixed point", "‖X_k − X*‖ / ‖X*‖", FIXED_POINTS),

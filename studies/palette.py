@@ -28,6 +28,9 @@ NEUTRAL = "#7F8C99"
 KIND_COLOURS = {"loop": BLUE, "twin": GREEN, "deep": VERMILLION, "control": VERMILLION, "untrained": NEUTRAL}
 """By kind of model; "control" is the deep twin cut into pseudo-loops."""
 
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+"""Lines of one colour: one per seed, or per variant."""
+
 AMOUNT = "Viridis"          # from little to much
 AMOUNT_REVERSED = "Viridis_r"
 DISTANCE = "Cividis"

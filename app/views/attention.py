@@ -95,9 +95,9 @@ def _flows(scene: Scene) -> None:
     left, right = st.columns(2, gap="large")
     with left:
         if np.isfinite(summary.flow.sel(query_role=q, key_role=k).values).any():
-            show.figure(flow_curves(summary, q, k, over_chance=over_chance), f"Share of attention that {q} positions "
-                                                                             "give "
-                        f"to {k} ones, per head, mean over {N_AVERAGED} examples under the same kind of mask.",
+            show.figure(flow_curves(summary, q, k, over_chance=over_chance),
+                        f"Share of attention that {q} positions give to {k} ones, per head, mean over {N_AVERAGED} "
+                        "examples under the same kind of mask.",
                         name="flows", table=lambda: show.table_of(summary[["flow", "flow_over_chance"]]))
         else:
             st.info(f"There are no {q} queries or no {k} keys under this mask.", icon=":material/grid_off:")

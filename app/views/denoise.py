@@ -20,8 +20,7 @@ def main() -> None:
     scene = selection.choose()
     st.title("Denoise: unmasking, step by step", anchor=False)
     st.markdown("The sampler starts from the masked example and reveals some positions at each step. Every step runs "
-                "the "
-                "loops anew, so **steps and loops are two ways to spend compute**.")
+                "the loops anew, so **steps and loops are two ways to spend compute**.")
     if not scene.hidden.any():
         st.info("Nothing is masked, so there is nothing to reveal: raise the noise level or draw a mask.",
                 icon=":material/grid_off:")
@@ -87,15 +86,15 @@ def _step(scene: Scene, trace: list[dict[str, np.ndarray]], step: int) -> None:
     masked = here["before"][0] == look.mask
     drawn = np.where(masked, here["predicted"][0], here["before"][0])
     after = here["after"][0]
+    revealed, loops = int(here["revealed"].sum()), int(here["loops_used"][0])
     panels = [Panel("the model sees", here["before"][0], wrong=~masked & (here["before"][0] != truth)),
               Panel("it draws", drawn, wrong=drawn != truth, marked=here["revealed"][0]),
               Panel("after the step", after, wrong=(after != look.mask) & (after != truth), marked=here["revealed"][0]),
               Panel("truth", truth)]
     show.figure(token_grids(panels, look, columns=4, cell=22, width=960),
-                f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: {int(here['revealed'].sum())} "
-                "positions "
-                f"revealed with {int(here['loops_used'][0])} loops. Cells with a red corner are errors, rings mark "
-                "what this step reveals.",
+                f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: "
+                f"{revealed} position{'s' * (revealed != 1)} revealed with {loops} loop{'s' * (loops != 1)}. Cells with "
+                "a red corner are errors, rings mark what this step reveals.",
                 name="step", title=f"Step {step}", table=lambda: _table(scene, trace))
 
 

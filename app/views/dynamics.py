@@ -44,7 +44,7 @@ def main() -> None:
     layer = None if followed == "every layer" else int(followed.split()[-1])
     _paths(scene, pca, where, layer, (int(plane[0]) - 1, int(plane[-1]) - 1))
     if scene.n_loops < 2:
-        st.info("Steps and angles compare one loop with the next: choose at least two loops.",
+        st.info("Steps and their directions compare one loop with the next: choose at least two loops.",
                 icon=":material/footprint:")
     else:
         _steps(moves, where, role)
@@ -64,21 +64,21 @@ def _paths(scene: Scene, pca: xr.Dataset, where: np.ndarray, layer: int | None, 
 def _steps(moves: xr.Dataset, where: np.ndarray, role: str) -> None:
     left, right = st.columns(2, gap="large")
     with left:
-        show.figure(over_loops(moves.step_relative, where, log=True), "How far the state moves in a loop, relative to "
-                                                                      "its "
-                    f"size ({moves.step_relative.attrs['definition']}), {role} positions, logarithmic.",
+        show.figure(over_loops(moves.step_relative, where, log=True),
+                    "How far the state moves in a loop, relative to its size "
+                    f"({moves.step_relative.attrs['definition']}), {role} positions, logarithmic.",
                     name="step-size", title="Step size",
                     table=lambda: show.table_of(moves[["step_norm", "step_relative"]]))
     with right:
         value = moves.step_cosine
         if np.isfinite(value.values[..., where]).any():
-            show.figure(over_loops(value, where, zero=True, limits=(-1.05, 1.05)), "Cosine between a loop's step and "
-                                                                                   "the "
-                        "one before it: 1 goes straight on, 0 turns at a right angle, −1 goes back.", name="step-angle",
-                        title="Step angle", table=lambda: show.table_of(moves[["step_cosine"]]))
+            show.figure(over_loops(value, where, zero=True, limits=(-1.05, 1.05)),
+                        "Cosine between a loop's step and the one before it: 1 goes straight on, 0 turns at a right "
+                        "angle, −1 goes back.", name="step-cosine", title="Step direction",
+                        table=lambda: show.table_of(moves[["step_cosine"]]))
         else:
-            st.subheader("Step angle", anchor=False)
-            st.info("An angle needs two steps: choose at least three loops.", icon=":material/turn_right:")
+            st.subheader("Step direction", anchor=False)
+            st.info("A cosine needs two steps: choose at least three loops.", icon=":material/turn_right:")
 
 
 def _settling(scene: Scene, moves: xr.Dataset, noised: compute.Rows, layer: int | None) -> None:

@@ -130,8 +130,7 @@ def _figures(results: Results) -> None:
         drawn = stages_page.figures(results.verdict, results.datasets)
     except KeyError as error:
         st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it "
-                   "again "
-                   "with `python studies/rerun.py`.", icon=":material/history:")
+                   "again with `python studies/rerun.py`.", icon=":material/history:")
         return
     halves: list[DeltaGenerator] = []   # columns still free beside the last figure
     for i, (title, what, figure) in enumerate(drawn):

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.figures.training import curves, last_loops
+from app.figures.training import curves, last_loops, line_styles
 from studies.ablations import Ablations
 from studies.ablations import main as ablations
+from studies.palette import KIND_COLOURS
 from tests.small_zoo import make_zoo
 from tests.studies.test_ablations import entry
 
@@ -70,3 +71,15 @@ def test_the_page_of_the_ablations(app: AppTest, tmp_path: Path) -> None:
     assert app.title[0].value == "What decides whether the state's direction settles?"
     assert list(app.dataframe[0].value["change"]) == ["base", "injection"]
     assert len(app.get("plotly_chart")) == 3
+
+
+def test_runs_of_several_kinds_have_the_colour_of_their_kind_and_a_dash_per_seed():
+    styles = line_styles(["automaton-loop seed 0", "automaton-deep seed 0", "automaton-loop seed 1"])
+    assert [styles[name]["color"] for name in styles] == [KIND_COLOURS["loop"], KIND_COLOURS["deep"],
+                                                          KIND_COLOURS["loop"]]
+    assert [styles[name]["dash"] for name in styles] == ["solid", "solid", "dash"]
+
+
+def test_runs_of_one_kind_have_a_colour_each():
+    styles = line_styles(["automaton-loop", "arithmetic-loop", "a-run-of-the-user's"])
+    assert len({style["color"] for style in styles.values()}) == 3

@@ -8,15 +8,13 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import xarray as xr
 
-from studies.palette import BLACK, BLUE, GREEN, NEUTRAL, ORANGE, PURPLE, SKY, VERMILLION, laid_out
+from studies.palette import BLACK, BLUE, DASHES, GREEN, NEUTRAL, ORANGE, PURPLE, SKY, VERMILLION, laid_out
 
 ASKED = {BLACK: ("base",), BLUE: ("one", "four"), VERMILLION: ("first", "middle", "last", "all"),
          GREEN: ("injection",), ORANGE: ("layernorm", "no-qk-norm"), PURPLE: ("loop-embedding",),
          SKY: ("smax4", "smax16")}
 """What is asked of the changes, by colour (Okabe and Ito's): how many layers, which, injection, norms, embedding,
 S_max."""
-
-DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def figures(curves: xr.Dataset) -> dict[str, tuple[str, go.Figure]]:
