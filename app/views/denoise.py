@@ -93,8 +93,8 @@ def _step(scene: Scene, trace: list[dict[str, np.ndarray]], step: int) -> None:
               Panel("truth", truth)]
     show.figure(token_grids(panels, look, columns=4, cell=22, width=960),
                 f"Step {step} of {len(trace)}, noise level t = {float(here['t']):.2f}: "
-                f"{revealed} position{'s' * (revealed != 1)} revealed with {loops} loop{'s' * (loops != 1)}. Cells with "
-                "a red corner are errors, rings mark what this step reveals.",
+                f"{revealed} position{'s' * (revealed != 1)} revealed with {loops} loop{'s' * (loops != 1)}. Cells "
+                "with a red corner are errors, rings mark what this step reveals.",
                 name="step", title=f"Step {step}", table=lambda: _table(scene, trace))
 
 
