@@ -39,15 +39,16 @@ class AlignConfig:
     least_spread: float = 0.05      # principal directions kept: spread along them, relative to the largest
     starts: int = 150               # random starts of the search
     tries: int = 3                  # searches for the first pair of places, each with new random starts
+    searched_directions: int = 24   # with more directions than these, none: a random turn is never near enough there
     good: float = 0.02              # residual at which the search may end
     keep: float = 0.2               # share of the starts that goes on from one round to the next
     rounds: int = 3                 # rounds of the search
-    mirrored_directions: int = 24   # with more directions than these, no mirrorings are tried
     steps: int = 60                 # Adam steps of a round, and of the refinement of each place
     lr: float = 0.1
     joint_lr: float = 0.01
     joint_steps: int = 150          # Adam steps on all places together
-    positions: int = 8192           # positions that one step works on, at most
+    positions: int = 8192           # positions that one step of the search works on, over all starts, at most
+    positions_each: int = 1024      # and those of one start, or of a step of the joint fit
     tolerance: float = 0.5          # residual that counts half in the joint fit: pairs beyond it stop pulling
 
 
@@ -127,15 +128,16 @@ def _chained(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[T
              generator: torch.Generator) -> Aligned:
     """Maps of the places one after another: f_(k+1) is to do the work of f_k."""
     turns = list(frame.turns)
+    small = frame.turns.shape[-1] <= config.searched_directions
     for k, j in pairwise(members):
         known = turns[k] @ turns[j].T
-        starts = _starts(run, replace(frame, turns=torch.stack(turns)), k, j, fit, known,
-                         config.starts if k == members[0] else 0, generator)
+        n_random = config.starts if small and k == members[0] else 0
+        starts = _starts(run, replace(frame, turns=torch.stack(turns)), k, j, fit, known, n_random, generator)
         best, back, residual = _search(run, frame, k, j, starts, fit, config, generator)
-        for _ in range(config.tries - 1 if k == members[0] else 0):
+        for _ in range(config.tries - 1 if n_random else 0):
             if residual < config.good:
                 break
-            more = _starts(run, frame, k, j, fit, best, config.starts, generator)
+            more = _starts(run, frame, k, j, fit, best, n_random, generator)
             best, back, residual = _search(run, frame, k, j, more, fit, config, generator)
         turns[j] = best.T @ turns[k]                    # content of k turned by `best` is content of j
         if j == k + 1:
@@ -171,14 +173,14 @@ def _search(run: Trajectory, frame: Aligned, k: int, j: int, starts: Float[Tenso
     """The turn k → j under which f_j comes nearest to f_k, the turn j + 1 → k + 1 that goes with it, what is left."""
     pair = _Pair(run, frame, k, j, fit, config, generator)
     current, residual = pair.ranked(starts)
-    current = current[:max(5, config.positions // (16 * frame.groups.shape[1]))]
+    current = current[:max(2, config.positions // (16 * frame.groups.shape[1]))]
     for _ in range(config.rounds):
         if residual < config.good:
             break
         current, residual = pair.ranked(torch.cat([current[:1], pair.descended(current, residual)]))
         current = current[:max(1, int(len(current) * config.keep))]
     for _ in range(config.rounds):
-        if residual < config.good or current.shape[-1] > config.mirrored_directions:
+        if residual < config.good or current.shape[-1] > config.searched_directions:
             break
         moved = pair.mirrored(current[:1])
         current, reached = pair.ranked(torch.cat([moved, pair.descended(moved, residual)]))
@@ -203,7 +205,7 @@ class _Pair:
 
     def some(self, n_turns: int) -> Int[Tensor, "row"]:
         """As many of the examples, in random order, as one step can work on."""
-        n_each = max(8, self.config.positions // (self.frame.groups.shape[1] * n_turns))
+        n_each = max(8, min(self.config.positions // n_turns, self.config.positions_each) // self.frame.groups.shape[1])
         return self.fit[torch.randperm(len(self.fit), generator=self.generator)[:n_each]]
 
     @torch.no_grad()
@@ -298,7 +300,7 @@ def _together(run: Trajectory, frame: Aligned, members: Sequence[int], fit: Int[
     """Refine the maps of all places on all exchanges; those that cannot succeed stop pulling."""
     skew = torch.zeros_like(frame.turns).requires_grad_()
     optimizer = torch.optim.Adam([skew], lr=config.joint_lr)
-    n_each = max(8, config.positions // (frame.groups.shape[1] * len(members)))
+    n_each = max(8, config.positions_each // (frame.groups.shape[1] * (len(members) - 1)))
 
     def current() -> Aligned:
         return replace(frame, turns=frame.turns @ torch.linalg.matrix_exp(skew - skew.mT))

@@ -55,11 +55,15 @@ Roles = Int[Tensor, "batch pos"] | Mapping[str, Bool[Tensor, "batch pos"]]
 BANDS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
 """Bands of t, each without its lower end, in which examples of several noise levels are judged apart."""
 
+FEW_LEVELS = 4
+"""So many noise levels, or fewer, are judged one by one."""
+
 LAYER_LOOPS = 4
 """Loops of a range whose single layers are exchanged, at most; evenly spread."""
 
-JUDGED = 4
-"""One of so many examples judges the maps of a drifting basis; the others fit them."""
+FIT_POSITIONS = 2048
+"""Positions that fit the maps of a drifting basis: at least half of the examples, at most three in four. The others
+judge."""
 
 LAYER_EXAMPLES = 32
 """Examples on which single layers are exchanged, at most."""
@@ -125,11 +129,11 @@ def stage_test(model: LoopedModel | Sequence[LoopedModel], inputs: Inputs, *, ta
 
     ``scored``: positions whose answers count, by default those that the model scores and that have a target.
     ``roles``: positions whose clocks are kept apart and whose answers are judged apart: numbers [batch, pos], or
-    {name: mask}; by default scored and not scored. ``t``: the noise level in (0, 1] of all examples or of each; with
-    several levels, `BANDS` are judged apart. ``loop_ranges``: [(first loop, loop after the last)]; by default loops 1
-    to the last (all, where there are two), and loops beyond the model's own number apart. ``twin``: an unlooped model
-    for the same inputs, whose mid layers are cut into pseudo-loops and judged by the same rule. ``layers_per_loop``
-    does that to ``model`` itself. ``seed``: of the resampling.
+    {name: mask}; by default scored and not scored. ``t``: the noise level in (0, 1] of all examples or of each; up to
+    `FEW_LEVELS` levels are judged one by one, more of them in `BANDS`. ``loop_ranges``: [(first loop, loop after the
+    last)]; by default loops 1 to the last (all, where there are two), and loops beyond the model's own number apart.
+    ``twin``: an unlooped model for the same inputs, whose mid layers are cut into pseudo-loops and judged by the same
+    rule. ``layers_per_loop`` does that to ``model`` itself. ``seed``: of the resampling.
 
     Raises ValueError, before anything is computed, for arguments that do not fit.
     """
@@ -222,12 +226,21 @@ class _Measured:
 
     def align(self, cell: _Cell, loops: tuple[int, int], *, seed: int) -> None:
         """Measure again in a fitted basis, on the examples that did not fit it."""
-        judged = torch.arange(self.run.n_examples) % JUDGED == JUDGED - 1
+        judged = _judging(self.run)
         frame = align(self.run, fit=torch.nonzero(~judged)[:, 0], places=sorted({0, *range(*loops)}),
                       groups=group_of(checked_roles(cell.roles, cell.scored, self.run), "role"), seed=seed)
         found = exchange(self.run.model, None, self.cycle, trajectory=self.run, pairs=self.wanted, frame=frame,
                          scored=cell.scored)
         self.aligned = found.where(xr.DataArray(judged.numpy(), dims="example"))
+
+
+def _judging(run: Trajectory) -> Bool[Tensor, "example"]:
+    """The examples, evenly spread, that judge the maps of a drifting basis."""
+    n, needed = run.n_examples, -(-FIT_POSITIONS // run.states[0].shape[1])
+    n_judged = min(n // 2, max(n // 4, n - needed, 1))
+    judged = torch.zeros(n, dtype=torch.bool)
+    judged[(torch.arange(n_judged) * n) // n_judged + n // n_judged - 1] = True
+    return judged
 
 
 def _pooled(cell: _Cell, ranges: tuple[tuple[int, int], ...], found: Sequence[_Measured]) -> Evidence:
@@ -250,8 +263,8 @@ def _pooled(cell: _Cell, ranges: tuple[tuple[int, int], ...], found: Sequence[_M
 
 
 def _asks_for_another_basis(finding: Finding) -> bool:
-    """Would it matter if the loops did the same in a basis that drifts?"""
-    return finding.enough and finding.operation != "same" and not finding.idle
+    """Would it matter if the loops did the same in a basis that drifts? Not where there is no work to be exchanged."""
+    return finding.enough and finding.operation != "same" and finding.quantities["work"].side == "above"
 
 
 def _over_positions(values: xr.DataArray) -> np.ndarray:
@@ -331,11 +344,12 @@ def _level(t: Levels, rows: Int[Tensor, "row"]) -> Levels:
 
 
 def _bands(levels: Float[Tensor, "batch"] | None, n: int, thresholds: Thresholds) -> list[tuple[str, Tensor]]:
-    """(name, its examples) of each band of t; those with too few examples are left out."""
+    """(name, its examples) of each level or band of t; bands with too few examples are left out."""
     if levels is None:
         return [("any", torch.arange(n))]
-    if len(levels.unique()) == 1:
-        return [(f"{float(levels[0]):g}", torch.arange(n))]
+    each = levels.unique()
+    if len(each) <= FEW_LEVELS:
+        return [(f"{float(level):g}", torch.nonzero(levels == level)[:, 0]) for level in each]
     found = [(f"{low:.2g} to {high:.2g}", torch.nonzero((levels > low) & (levels <= high))[:, 0])
              for low, high in BANDS]
     kept = [(name, rows) for name, rows in found if len(rows) >= thresholds.least_examples]

@@ -1,0 +1,151 @@
+"""What the stage test is asked about: models of the zoo by group and kind, and looped models of other makers.
+
+    for subject in zoo_subjects("zoo"):
+        subject.name, subject.kind, len(subject.models)       # "automaton", "loop", 6
+
+A group's models of all training seeds are one subject, so that its intervals tell seeds and examples apart. A deep twin
+is cut into pseudo-loops of as many layers as the LoopMDM loops: what no shared weight forces to repeat.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooks import HookedLoopMDM, LoopedModel
+from hooks.model.diffusion import corrupt
+from studies.folders import group_name, without_seed
+from studies.results import file_hash
+from studies.tasks import Task, load_task
+from studies.zoo import load_whole, names, read_card
+
+SubjectKind = Literal["loop", "deep", "foreign", "untrained"]
+
+LEVELS = (0.5, 0.9, 1.0)
+"""Noise levels that are judged apart. Where few positions are masked, loops after the first have little to do."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs with noise levels, and what should be answered."""
+
+    inputs: Int[Tensor, "example pos"]
+    targets: Int[Tensor, "example pos"]
+    scored: Bool[Tensor, "example pos"]
+    t: Float[Tensor, "example"] | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Models of one kind that are tested together, and how."""
+
+    name: str                                   # group, or architecture
+    kind: SubjectKind
+    about: str                                  # in words
+    load: Callable[[], list[LoopedModel]]
+    examples: Callable[[int, int], Examples]    # (per level, seed) →
+    seeds: tuple[int, ...] = (0,)               # training seeds of the models
+    n_loops: int | None = None                  # of the range that is judged
+    layers_per_loop: int | None = None          # pseudo-loops of an unlooped model
+    far: tuple[int, int] | None = None          # a range of loops beyond training, judged beside
+    identity: str = ""                          # changes with the weights
+    entries: tuple[str, ...] = field(default=())
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.kind}"
+
+
+def task_examples(task: Task, per_level: int, seed: int, levels: Sequence[float] = LEVELS) -> Examples:
+    """Held-out examples of a task, ``per_level`` of them at each noise level."""
+    batch = task.sample(per_level * len(levels), seed=seed, split="test")
+    t = torch.tensor(levels, dtype=torch.float32).repeat_interleave(per_level)
+    generator = torch.Generator().manual_seed(seed)
+    noised = corrupt(batch.tokens, t, task.mask_token_id, free=batch.free, generator=generator)
+    return Examples(noised, batch.tokens, noised == task.mask_token_id, t)
+
+
+def zoo_subjects(zoo: str | Path) -> list[Subject]:
+    """Every looped model of the zoo, grouped over seeds, and the deep twins of those that have some."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    cards = {name: read_card(Path(zoo) / name) for name in names(zoo)}
+    for name, card in cards.items():
+        if card["kind"] in ("loop", "deep"):
+            group = group_name(str(card["task"]["name"]), str(card.get("variant", "")))
+            groups[group, str(card["kind"])].append(name)
+    found = []
+    for (group, kind), entries in sorted(groups.items()):
+        ordered = sorted(entries, key=lambda name: int(cards[name]["seed"]))
+        if kind == "loop":
+            found.append(_looped(group, ordered, cards, zoo))
+        elif (group, "loop") in groups:
+            looped = cards[groups[group, "loop"][0]]["topology"]
+            if cards[ordered[0]]["topology"]["loop"] >= 2 * looped["loop"]:
+                found.append(_deep(group, ordered, cards, zoo, int(looped["loop"])))
+    return found
+
+
+def pseudo_loop_count(mean_loops: float) -> int:
+    """Loops compared: as many as the deep twin has pseudo-loops, so that both are equally deep."""
+    return max(2, int(mean_loops))
+
+
+def _looped(group: str, entries: list[str], cards: Mapping[str, dict[str, Any]], zoo: str | Path) -> Subject:
+    top = cards[entries[0]]["topology"]
+    s_max = int(top["max_loops"])
+    n_loops = pseudo_loop_count((s_max + 1) / 2)
+    seeds = tuple(int(cards[name]["seed"]) for name in entries)
+    layers = f"{top['loop']} looped layer{'s' * (top['loop'] != 1)}"
+    return Subject(group, "loop", f"LoopMDM, {layers}, S_max = {s_max}", partial(_loaded, tuple(entries), Path(zoo)),
+                   partial(_drawn, cards[entries[0]]["task"]), seeds, n_loops, None, (2 * s_max, 2 * s_max + 2),
+                   _identity(entries, zoo), tuple(entries))
+
+
+def _deep(group: str, entries: list[str], cards: Mapping[str, dict[str, Any]], zoo: str | Path, layers: int) -> Subject:
+    seeds = tuple(int(cards[name]["seed"]) for name in entries)
+    return Subject(group, "deep", f"unlooped deep twin, cut into pseudo-loops of {layers} "
+                                  f"layer{'s' * (layers != 1)}",
+                   partial(_loaded, tuple(entries), Path(zoo)), partial(_drawn, cards[entries[0]]["task"]), seeds, None,
+                   layers, None, _identity(entries, zoo), tuple(entries))
+
+
+def _loaded(entries: tuple[str, ...], zoo: Path) -> list[LoopedModel]:
+    return [entry.model for entry in load_whole(zoo / name for name in entries).values()]
+
+
+def _drawn(task: dict[str, Any], per_level: int, seed: int) -> Examples:
+    return task_examples(load_task(task), per_level, seed)
+
+
+def _identity(entries: list[str], zoo: str | Path) -> str:
+    return " ".join(file_hash(Path(zoo) / name / "model.safetensors")[:12] for name in entries)
+
+
+def untrained_subjects(zoo: str | Path, *, n: int) -> list[Subject]:
+    """``n`` untrained initialisations of the shape of each group's looped model, tested one by one."""
+    cards = {name: read_card(Path(zoo) / name) for name in names(zoo)}
+    found = []
+    for name, card in cards.items():
+        if card["kind"] != "loop" or card["seed"] != 0 or without_seed(str(card.get("variant", ""))):
+            continue
+        s_max = int(card["topology"]["max_loops"])
+        for seed in range(n):
+            found.append(Subject(f"{group_name(card['task']['name'], '')}, initialisation {seed}", "untrained",
+                                 f"LoopMDM of the shape of {name}, not trained",
+                                 partial(_untrained, Path(zoo) / name, seed), partial(_drawn, card["task"]), (seed,), pseudo_loop_count((s_max + 1) / 2),
+                                 identity=f"init {seed}"))
+    return found
+
+
+def _untrained(folder: Path, seed: int) -> list[LoopedModel]:
+    config = HookedLoopMDM.from_pretrained(str(folder)).config
+    torch.manual_seed(seed)
+    return [HookedLoopMDM(config).eval()]
