@@ -38,9 +38,10 @@ def held_out(model: HookedLoopMDM, task: Task, *, examples: int) -> dict[str, fl
     """Accuracy with every free position masked, in one forward, and the NELBO, at 1, 2, 4 … S_max loops.
 
     ``cells@S`` and ``exact@S``: shares (`Task.score`); ``cells_hop3@S`` and the like: the share of each region's free
-    cells, at S_max, of a task that has several regions (named by `Task.region_name`). ``nelbo@S``: nats per free token, with exact mask sizes, the
-    same masks at each call; ``nelbo`` is that of S_max. ``nelbo_line@S``, from S = 3 on: the same with the state after
-    S loops replaced by the line through those after loops 0 and 1, H(1) + (S − 1) · (H(2) − H(1)) (ours).
+    cells, at S_max, of a task that has several regions (named by `Task.region_name`). ``nelbo@S``: nats per free token,
+    with exact mask sizes, the same masks at each call; ``nelbo`` is that of S_max. ``nelbo_line@S``, from S = 3 on: the
+    same with the state after S loops replaced by the line through those after loops 0 and 1,
+    H(1) + (S − 1) · (H(2) − H(1)) (ours).
     """
     device = next(model.parameters()).device
     batch = task.sample(examples, seed=0, split="test")

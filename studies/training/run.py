@@ -84,8 +84,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}.")
-        for name, allowed in (("kind", Kind), ("curriculum", Curriculum), ("loops_drawn", LoopsDrawn), ("masks", Masks), ("loss_on", LossOn),
-                              ("noise_levels", NoiseLevels), ("schedule", Schedule), ("precision", Precision)):
+        for name, allowed in (("kind", Kind), ("curriculum", Curriculum), ("loops_drawn", LoopsDrawn),
+                              ("masks", Masks), ("loss_on", LossOn), ("noise_levels", NoiseLevels),
+                              ("schedule", Schedule), ("precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}.")
         if self.curriculum == "growth" and not self.task.has_curriculum:

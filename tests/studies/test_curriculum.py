@@ -57,8 +57,6 @@ def test_small_tasks_grow_from_what_they_have() -> None:
 def test_easy_examples_are_chains_of_their_pairs_and_of_the_training_split() -> None:
     batch = TASK.curriculum(60, seed=2, grown=0.4)
     assert batch.tokens.shape == (60, TASK.seq_len)
-    of_test = {frozenset(TASK.decode(tokens).split(" | ")[0].split()) for seed in range(40)
-               for tokens in replace(TASK, entities=8, min_keys=6).sample(50, seed=seed, split="test").tokens}
     for tokens in batch.tokens:
         pairs, *chains = TASK.decode(tokens).split(" | ")
         f = dict(pair.split(">") for pair in pairs.split() if pair != "_>_")
@@ -71,10 +69,8 @@ def test_easy_examples_are_chains_of_their_pairs_and_of_the_training_split() -> 
     small = Pointer(keys=4, hops=2, chains=2)
     easy, test = ({frozenset(small.decode(tokens).split(" | ")[0].split()) for tokens in found.tokens}
                   for found in (small.curriculum(200, seed=0, grown=0.0), small.sample(200, seed=0, split="test")))
-    assert easy
-    assert test
     assert not easy & test
-    assert of_test
+    assert len(easy | test) == 6, "4 keys have 3! cycles: these are all"
 
 
 def test_the_curriculum_ends_in_the_tasks_own_examples() -> None:
@@ -84,8 +80,8 @@ def test_the_curriculum_ends_in_the_tasks_own_examples() -> None:
         assert torch.equal(grown.free, own.free)
 
 
-def test_one_chain_in_four_keys_excludes_little() -> None:
-    """With two chains a hop's cell leaves all other keys open, given the cell of the other chain: no permutation."""
+def test_another_chain_excludes_its_own_cell_and_nothing_else() -> None:
+    """With two chains, a hop's cell leaves the other chain's seven keys, all alike: no permutation to complete."""
     batch = TASK.sample(6000, seed=0)
     entity = batch.tokens[:, 2 * TASK.keys:].view(-1, 2, TASK.hops + 1)
     keys = batch.tokens[:, :2 * TASK.keys:2].sort(1).values
