@@ -32,6 +32,8 @@ from studies.tasks.contract import Batch, Latent, Task
 
 FIRST_KEYS, FIRST_HOPS = 4, 1
 """Where the curriculum starts: what is learned from nothing."""
+HELD = 0.2
+"""Share of the curriculum before anything grows: looking up is found on the easiest examples or not at all."""
 _NAMES = "abcdefghijklmnopqrstuvwxyz"
 _MAX_KEYS = len(_NAMES)
 
@@ -94,11 +96,12 @@ class Pointer(Task):
         return True
 
     def curriculum(self, n: int, seed: int, grown: float) -> Batch:
-        """Training examples of at most so many keys and hops as grow evenly, to the nearest whole number, from
-        `FIRST_KEYS` (or the fewest there may be) and `FIRST_HOPS` to the task's."""
+        """Training examples of at most so many keys and hops as grow evenly from `HELD` to 1, to the nearest whole
+        number, from `FIRST_KEYS` (or the fewest there may be) and `FIRST_HOPS` to the task's."""
         if not 0 <= grown <= 1:
             raise ValueError(f"grown must be 0..1, not {grown}.")
-        keys, hops = (min(first, last) + math.floor(max(0, last - first) * grown + 0.5) for first, last in (
+        share = max(0.0, grown - HELD) / (1 - HELD)
+        keys, hops = (min(first, last) + math.floor(max(0, last - first) * share + 0.5) for first, last in (
             (max(FIRST_KEYS, self.min_keys, self.chains), self.keys), (max(FIRST_HOPS, self.min_hops), self.hops)))
         return self._sample(n, 2 * seed, "train", keys, hops)
 

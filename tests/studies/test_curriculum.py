@@ -36,7 +36,8 @@ def sizes(task: Pointer, batch: Batch) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("grown", "expected"), [
-    (0.0, (4, 1)), (0.12, (4, 1)), (0.125, (5, 1)), (0.17, (5, 2)), (0.5, (6, 3)), (0.9, (8, 4)), (1.0, (8, 4))])
+    (0.0, (4, 1)), (0.2, (4, 1)), (0.29, (4, 1)), (0.31, (5, 1)), (0.34, (5, 2)), (0.59, (6, 2)), (0.61, (6, 3)),
+    (0.91, (8, 4)), (1.0, (8, 4))])
 def test_keys_and_hops_grow_evenly_to_the_tasks(grown: float, expected: tuple[int, int]) -> None:
     assert sizes(TASK, TASK.curriculum(40, seed=1, grown=grown)) == {expected}
 
@@ -44,7 +45,7 @@ def test_keys_and_hops_grow_evenly_to_the_tasks(grown: float, expected: tuple[in
 def test_where_there_are_minima_lengths_are_mixed_from_there() -> None:
     task = replace(TASK, min_keys=5, min_hops=2)
     assert sizes(task, task.curriculum(60, seed=1, grown=0.0)) == {(5, 2)}
-    assert sizes(task, task.curriculum(200, seed=1, grown=0.5)) == {(keys, hops) for keys in (5, 6, 7)
+    assert sizes(task, task.curriculum(200, seed=1, grown=0.61)) == {(keys, hops) for keys in (5, 6, 7)
                                                                    for hops in (2, 3)}
 
 
