@@ -2,8 +2,8 @@
 
 All of it follows from the seed, the step and the FLOPs spent, which a checkpoint holds: a resumed run draws the same.
 
+    batch = draw_examples(task, 32, 0, curriculum="none", spent=0.3)
     masked = draw_masks(batch.tokens, batch.free, task.mask_token_id, masks="exact", generator=generator)
-    batch = draw_examples(task, 32, seed, curriculum="growth", spent=0.3)
     n_loops = 1 + int(torch.multinomial(loop_weights(model, task.seq_len, "growth", spent=0.3), 1, generator=generator))
 """
 

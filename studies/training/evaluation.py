@@ -5,7 +5,7 @@ lie on a line. So the NELBO is measured after 1, 2, 4 … S_max loops, and once 
 replaced by the straight line through the states after loops 0 and 1, read by the tail.
 
     row = held_out(model, task, examples=256)
-    row["nelbo@4"], row["nelbo_line@4"], row["exact@8"], row["cells_hop3@8"]
+    row["nelbo@4"], row["nelbo_line@4"], row["exact@8"], row["cells_row2@8"]
     idle_loops(row, s_max=8)          # a sentence, or None
 """
 
