@@ -57,7 +57,7 @@ class Pretrain:
 
 
 def list_presets() -> str:
-    """A line per preset: its name, task, steps, and time on one CPU core."""
+    """A line per preset: its name, task, steps, and time."""
     return "\n".join(f"    {name:24} {preset.task}, {preset.steps} steps, {preset.time}"
                      for name, preset in PRESETS.items())
 
@@ -95,8 +95,9 @@ def main(args: Pretrain) -> int:
             if not result.finished:
                 print(f"{name}: stopped by the time budget at step {result.step}; give the command again to go on.")
                 return 3
+            said = overrides if args.device == "cpu" else {"device": args.device, **overrides}
             command = f"python studies/pretrain.py --preset {args.preset} --kinds {kind} --seeds {seed}" + "".join(
-                f" --{key} {value}" for key, value in overrides.items())
+                f" --{key} {value}" for key, value in said.items())
             folder = export(config, result, variant=variant, zoo=args.zoo, command=command)
             print(f"{name}: {result.step} steps, {result.flops:.3g} FLOPs, {result.seconds:.0f} s → {folder}")
     return 0

@@ -40,6 +40,8 @@ class Recipe:
     """Steps of a uniform LoopMDM whose FLOPs are everyone's budget; the preset's by default."""
     train: bool = True
     """Train what results/recipe.json does not hold."""
+    device: str = "cpu"
+    """cpu or cuda."""
     threads: int | None = None
     """CPU threads."""
     runs: Path = Path("runs")
@@ -63,7 +65,8 @@ def main(args: Recipe) -> int:
     done = read(args.results)
     wanted = [(task, change, seed) for seed in args.seeds for task in args.tasks for change in args.changes]
     for task, change, seed in wanted if args.train else ():
-        config = configure(task, change, seed, steps=args.steps, runs=args.runs, threads=args.threads)
+        config = configure(task, change, seed, steps=args.steps, runs=args.runs, threads=args.threads,
+                           device=args.device)
         key = {"task": task, "change": change, "seed": seed, "budget_flops": config.budget_flops}
         if any(key.items() <= run.items() for run in done):
             continue

@@ -276,9 +276,9 @@ def make_card(config: TrainConfig, result: TrainResult, *, name: str, variant: s
                      "seconds": round(result.seconds), "batch_size": config.batch_size, "lr": config.peak_lr,
                      "warmup_steps": config.warmup_steps, "weight_decay": config.weight_decay,
                      "ema_decay": config.ema_decay, "loss_on": config.loss_on, "loops_drawn": config.loops_drawn,
-                     "masks": config.masks, "noise_levels": config.noise_levels, "decay_share": config.decay_share,
-                     "schedule": config.schedule, "precision": config.precision, "compile": config.compile,
-                     "device": config.device, "threads": torch.get_num_threads()},
+                     "curriculum": config.curriculum, "masks": config.masks, "noise_levels": config.noise_levels,
+                     "decay_share": config.decay_share, "schedule": config.schedule, "precision": config.precision,
+                     "compile": config.compile, "device": config.device, "threads": torch.get_num_threads()},
         "forward_flops": {"per_example_at_mean_loops": forward_flops(model, seq_len=config.task.seq_len,
                                                                      n_loops=mean_s)},
         "metrics": result.metrics[-1] if result.metrics else {},
@@ -315,6 +315,7 @@ Data: {card['data']}.
 
 `cells@S` and `exact@S`: share of free cells right, and of whole examples right, with every free position
 masked and filled in one forward of S loops, on held-out examples. `nelbo@S`: nats per free token after S loops;
+`cells_<region>@S`: the share of one region's free cells, such as the third hop's or the second row's.
 `nelbo_line@S`: after S loops that only repeat the second one's step; `loops_idle`: 1 if loops gain nearly nothing
 over one loop, or over such a line.
 """

@@ -63,6 +63,19 @@ class Task(ABC):
     def sample(self, n: int, seed: int, split: str = "train") -> Batch:
         """``n`` examples, the same for the same seed and split ("train" or "test"; disjoint)."""
 
+    @property
+    def has_curriculum(self) -> bool:
+        """Whether `curriculum` has easier examples than `sample`."""
+        return False
+
+    def curriculum(self, n: int, seed: int, grown: float) -> Batch:
+        """``n`` training examples, from the easiest at ``grown`` 0 to those of `sample` at 1.
+
+        They have the task's tokens and positions; what an easier example does not use is blank. Raises ValueError for
+        a task that has no curriculum.
+        """
+        raise ValueError(f"task {self.name!r} has no curriculum: train it with curriculum='none'.")
+
     @abstractmethod
     def latents(self, tokens: Int[Tensor, "example pos"],
                 free: Bool[Tensor, "example pos"] | None = None) -> Mapping[str, Latent]:

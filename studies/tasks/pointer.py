@@ -7,15 +7,19 @@ The permutation is a single cycle, so that a chain repeats nothing before it has
     >>> print(Pointer(keys=4, hops=3).decode(Pointer(keys=4, hops=3).sample(1, seed=0).tokens[0]))
     c>d d>a a>b b>c | c d a b
 
-With one chain an example teaches little, and small models stay at guessing for long; ``chains`` asks
-the same function from several starts at once.
+With one chain an example teaches little; ``chains`` asks the same function from several starts at once. As many
+chains as keys would give an answer away: each hop of them is then a permutation, of which the last cell follows from
+the others without a look at the pairs. Each other chain excludes one entity, so that two of eight keys give away
+little.
 
-``min_keys`` and ``min_hops`` below their maxima make a curriculum: examples then use any number
-of keys and hops in the range, and the rest of the sequence is blank.
+Small models stay at guessing for long, so that there is a curriculum (`Pointer.curriculum`): keys and hops grow, and
+the rest of the sequence is blank. ``min_keys`` and ``min_hops`` below their maxima mix lengths: examples then use any
+number of keys and hops in the range.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +30,10 @@ from torch import Tensor
 
 from studies.tasks.contract import Batch, Latent, Task
 
+FIRST_KEYS, FIRST_HOPS = 4, 1
+"""Where the curriculum starts: what is learned from nothing."""
+HELD = 0.2
+"""Share of the curriculum before anything grows: looking up is found on the easiest examples or not at all."""
 _NAMES = "abcdefghijklmnopqrstuvwxyz"
 _MAX_KEYS = len(_NAMES)
 
@@ -81,13 +89,31 @@ class Pointer(Task):
     def sample(self, n: int, seed: int, split: str = "train") -> Batch:
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', not {split!r}.")
-        generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+        return self._sample(n, 2 * seed + (split == "test"), split, self.keys, self.hops)
+
+    @property
+    def has_curriculum(self) -> bool:
+        return True
+
+    def curriculum(self, n: int, seed: int, grown: float) -> Batch:
+        """Training examples of at most so many keys and hops as grow evenly from `HELD` to 1, to the nearest whole
+        number, from `FIRST_KEYS` (or the fewest there may be) and `FIRST_HOPS` to the task's."""
+        if not 0 <= grown <= 1:
+            raise ValueError(f"grown must be 0..1, not {grown}.")
+        share = max(0.0, grown - HELD) / (1 - HELD)
+        keys, hops = (min(first, last) + math.floor(max(0, last - first) * share + 0.5) for first, last in (
+            (max(FIRST_KEYS, self.min_keys, self.chains), self.keys), (max(FIRST_HOPS, self.min_hops), self.hops)))
+        return self._sample(n, 2 * seed, "train", keys, hops)
+
+    def _sample(self, n: int, seed: int, split: str, keys: int, hops: int) -> Batch:
+        """Examples of one split with at most ``keys`` and ``hops``, exactly so many where there is no minimum."""
+        generator = torch.Generator().manual_seed(seed)
         kept = torch.empty(0, self.seq_len, dtype=torch.long)
         while len(kept) < n:
             draws = 4 * n + 8
             cycle = torch.rand(draws, self.n_entities, generator=generator).argsort(1)[:, :self.keys]
-            n_keys = torch.randint(self.min_keys or self.keys, self.keys + 1, (draws,), generator=generator)
-            n_hops = torch.randint(self.min_hops or self.hops, self.hops + 1, (draws,), generator=generator)
+            n_keys = torch.randint(self.min_keys or keys, keys + 1, (draws,), generator=generator)
+            n_hops = torch.randint(self.min_hops or hops, hops + 1, (draws,), generator=generator)
             order = torch.rand(draws, self.keys, generator=generator).argsort(1)
             starts = torch.zeros(draws, 1, dtype=torch.long)
             if self.chains > 1:   # the ring's first key, and others in random order

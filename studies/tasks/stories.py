@@ -130,13 +130,14 @@ class Stories(Task):
         free = torch.empty(0, self.seq_len, dtype=torch.bool)
         while len(tokens) < n:
             plot = self._draw(4 * n + 8, generator)
-            chosen = plot.only(self._is_test(plot) == (split == "test"))
+            of_split = self._is_test(plot) == (split == "test")
+            chosen = plot.only(of_split & (of_split.cumsum(0) <= n - len(tokens)))   # telling takes longest
             tokens = torch.cat([tokens, self._tell(chosen)])
             answers = torch.zeros(len(chosen.kind), self.sentences, self.width, dtype=torch.bool)
             answers[..., -2] = chosen.kind >= 0
             given = torch.zeros(len(answers), self.opening, dtype=torch.bool)
             free = torch.cat([free, torch.cat([given, answers.flatten(1)], 1)])
-        return Batch(tokens[:n], free[:n])
+        return Batch(tokens, free)
 
     def latents(self, tokens: Int[Tensor, "example pos"],
                 free: Bool[Tensor, "example pos"] | None = None) -> Mapping[str, Latent]:

@@ -1,4 +1,4 @@
-"""English: State of the Union speeches in BPE tokens, with what is known about each token.
+"""English: State of the Union speeches in BPE tokens or bytes, with what is known about each token.
 
 Every position is free. The bundled text is 233 speeches (public domain); any folder of .txt
 files does as well. Speeches are split into train and test by a hash of their names. Beside
@@ -8,6 +8,7 @@ part-of-speech tags of the Brown corpus.
 
     task = Text(length=64)
     print(task.decode(task.sample(1, seed=0).tokens[0]))   # "… the Congress of the United States …"
+    Text(length=128, vocab=257)                            # characters: the BPE without merges
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ class Text(Task):
 
     length: int = 128     # tokens in a window
     corpus: str = "sotu"  # the bundled speeches, or the path of a folder with .txt files
-    vocab: int = 2048     # size of the bundled BPE, data/bpe<vocab>.json
+    vocab: int = 2048     # size of the bundled BPE, data/bpe<vocab>.json: 2048, or 257, which are single bytes
+    train_tokens: int = 0  # of the training split, to be read in several epochs; 0 means all of it
 
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length must be at least 2, not {self.length}.")
+        if self.train_tokens and self.train_tokens <= self.length:
+            raise ValueError(f"train_tokens must be 0, for all, or more than a window's {self.length}, "
+                             f"not {self.train_tokens}.")
 
     @property
     def vocab_size(self) -> int:
@@ -63,7 +68,7 @@ class Text(Task):
     def sample(self, n: int, seed: int, split: str = "train") -> Batch:
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', not {split!r}.")
-        stream = _stream(self.corpus, self.vocab, split)
+        stream = _stream(self.corpus, self.vocab, split, self.train_tokens if split == "train" else 0)
         if len(stream) <= self.length:
             raise ValueError(f"the {split} split of {self.corpus!r} has {len(stream)} tokens, fewer than a window.")
         generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
@@ -207,13 +212,20 @@ def documents(corpus: str) -> Iterator[tuple[str, str]]:
 
 
 @functools.cache
-def _stream(corpus: str, vocab: int, split: str) -> Int[Tensor, "token"]:
-    """All tokens of a split, documents ended by <end>."""
+def _stream(corpus: str, vocab: int, split: str, most: int = 0) -> Int[Tensor, "token"]:
+    """All tokens of a split, documents ended by <end>; or the first ``most``, of documents in the order of a hash of
+    their names, so that a part is of all times and authors."""
     bpe = tokenizer(vocab)
     end = bpe.token_to_id(SPECIAL[0])
-    texts = [text for name, text in documents(corpus) if is_test_document(name) == (split == "test")]
+    chosen = [(name, text) for name, text in documents(corpus) if is_test_document(name) == (split == "test")]
+    if most:
+        chosen.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    texts = [text for _, text in chosen]
     ids = [np.array([*encoding.ids, end], dtype=np.int32) for encoding in bpe.encode_batch(texts)]
-    return torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.int32)
+    stream = torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.int32)
+    if len(stream) < most:
+        raise ValueError(f"train_tokens is {most}, and the {split} split of {corpus!r} has {len(stream)} tokens.")
+    return stream[:most] if most else stream
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""What chance decides at each step of training: masks and the number of loops; and the learning rate there.
+"""What chance decides at each step of training: examples, masks, the number of loops; and the learning rate there.
 
 All of it follows from the seed, the step and the FLOPs spent, which a checkpoint holds: a resumed run draws the same.
 
+    batch = draw_examples(task, 32, 0, curriculum="none", spent=0.3)
     masked = draw_masks(batch.tokens, batch.free, task.mask_token_id, masks="exact", generator=generator)
     n_loops = 1 + int(torch.multinomial(loop_weights(model, task.seq_len, "growth", spent=0.3), 1, generator=generator))
 """
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from hooks import LoopMDMConfig
 from hooks.model.diffusion import NoiseLevels, antithetic_t, corrupt, corrupt_exactly, exact_t
+from studies.tasks import Batch, Task
 from studies.training.flops import training_flops
 
 LoopsDrawn = Literal["uniform", "growth", "equal_flops"]
 Masks = Literal["bernoulli", "exact"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Curriculum = Literal["none", "growth"]
 
 GROWN_AT = 0.5
-"""Share of the FLOPs budget at which growing loop counts reach S_max."""
+"""Share of the FLOPs budget at which growing loop counts reach S_max, and a curriculum the whole task."""
 FLOOR = 0.1
 """Learning rate at the end, as a share of the peak."""
 
@@ -36,6 +39,14 @@ class Masked:
 
     t: Float[Tensor, "example"]
     noised: Int[Tensor, "example pos"]
+
+
+def draw_examples(task: Task, n: int, seed: int, *, curriculum: Curriculum, spent: float) -> Batch:
+    """Training examples once a share ``spent`` of the FLOPs budget is spent: the task's, or those of its curriculum
+    (`Task.curriculum`), which ends at `GROWN_AT`. ValueError for the curriculum of a task that has none."""
+    if curriculum == "none":
+        return task.sample(n, seed=seed)
+    return task.curriculum(n, seed=seed, grown=min(1.0, spent / GROWN_AT))
 
 
 def draw_masks(tokens: Int[Tensor, "example pos"], free: Bool[Tensor, "example pos"], mask_token_id: int, *,

@@ -5,7 +5,7 @@ lie on a line. So the NELBO is measured after 1, 2, 4 … S_max loops, and once 
 replaced by the straight line through the states after loops 0 and 1, read by the tail.
 
     row = held_out(model, task, examples=256)
-    row["nelbo@4"], row["nelbo_line@4"], row["exact@8"]
+    row["nelbo@4"], row["nelbo_line@4"], row["exact@8"], row["cells_row2@8"]
     idle_loops(row, s_max=8)          # a sentence, or None
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from hooks import HookedLoopMDM
 from hooks.model.diffusion import nelbo
 from probes.loops import loop_states
-from studies.tasks import Task
+from studies.tasks import Batch, Task
 from studies.training.draws import draw_masks
 
 IDLE = 0.01
@@ -37,9 +37,11 @@ def doubled_loops(s_max: int) -> list[int]:
 def held_out(model: HookedLoopMDM, task: Task, *, examples: int) -> dict[str, float]:
     """Accuracy with every free position masked, in one forward, and the NELBO, at 1, 2, 4 … S_max loops.
 
-    ``cells@S`` and ``exact@S``: shares (`Task.score`). ``nelbo@S``: nats per free token, with exact mask sizes, the
-    same masks at each call; ``nelbo`` is that of S_max. ``nelbo_line@S``, from S = 3 on: the same with the state after
-    S loops replaced by the line through those after loops 0 and 1, H(1) + (S − 1) · (H(2) − H(1)) (ours).
+    ``cells@S`` and ``exact@S``: shares (`Task.score`); ``cells_hop3@S`` and the like: the share of each region's free
+    cells, at S_max, of a task that has several regions (named by `Task.region_name`). ``nelbo@S``: nats per free token,
+    with exact mask sizes, the same masks at each call; ``nelbo`` is that of S_max. ``nelbo_line@S``, from S = 3 on: the
+    same with the state after S loops replaced by the line through those after loops 0 and 1,
+    H(1) + (S − 1) · (H(2) − H(1)) (ours).
     """
     device = next(model.parameters()).device
     batch = task.sample(examples, seed=0, split="test")
@@ -48,8 +50,11 @@ def held_out(model: HookedLoopMDM, task: Task, *, examples: int) -> dict[str, fl
     row: dict[str, float] = {}
     everything = tokens.masked_fill(free, task.mask_token_id)
     for n_loops, (logits, _) in _answers(model, everything, torch.ones(examples, device=device)).items():
-        for name, value in task.score(logits.argmax(-1).cpu(), batch).items():
+        predicted = logits.argmax(-1).cpu()
+        for name, value in task.score(predicted, batch).items():
             row[f"{name}@{n_loops}"] = float(value.mean())
+    if len(shares := by_region(predicted, batch, task.regions())) > 1:
+        row |= {f"cells_{task.region_name}{region}@{s_max}": share for region, share in shares.items()}
     generator = torch.Generator().manual_seed(1)
     masked = draw_masks(batch.tokens, batch.free, task.mask_token_id, masks="exact", generator=generator)
     noised, t = masked.noised.to(device), masked.t.to(device)
@@ -59,6 +64,15 @@ def held_out(model: HookedLoopMDM, task: Task, *, examples: int) -> dict[str, fl
             row[f"nelbo_line@{n_loops}"] = float(nelbo(line, tokens, noised, t, task.mask_token_id, free=free))
     row["nelbo"] = row[f"nelbo@{s_max}"]
     return row
+
+
+def by_region(predicted: Int[Tensor, "example pos"], batch: Batch,
+              regions: Int[Tensor, "pos"]) -> dict[int, float]:
+    """The share of right ones among the free cells of each region (a number per position) that has any."""
+    right = (predicted == batch.tokens) & batch.free
+    counts = {int(region): (int(right[:, regions == region].sum()), int(batch.free[:, regions == region].sum()))
+              for region in regions.unique()}
+    return {region: hits / cells for region, (hits, cells) in counts.items() if cells}
 
 
 def idle_loops(row: Mapping[str, float], s_max: int) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from studies.folders import entry_name, seeded
 from studies.tasks import Arithmetic, Automaton, Pointer, Stories, Sudoku, Task, Text
+from studies.tasks.stories_words import KINDS
 from studies.training.flops import mean_loops, training_flops
 from studies.training.machine import FastSettings, Precision, fastest
 from studies.training.run import Kind, TrainConfig
@@ -25,6 +26,9 @@ GROWN: dict[str, Any] = {"loops_drawn": "growth", "masks": "exact"}
 """The recipe under which loops are used (results/recipe.md). Presets without it made checkpoints before it was known,
 and keep making the same ones."""
 
+ON_A_GPU = "minutes on a GPU"
+"""The time of presets that are too much for a CPU."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -32,7 +36,7 @@ class Preset:
 
     task: Task
     steps: int                        # of the LoopMDM; its mean cost is everyone's budget
-    time: str                         # on one CPU core, measured
+    time: str                         # on one CPU core, measured; or what it needs instead
     kinds: tuple[Kind, ...] = ("loop", "twin", "deep")  # what is trained unless told otherwise
     variant: str = ""                 # last part of the zoo folder's name
     budget_flops: float | None = None  # instead of what ``steps`` steps of this model cost
@@ -96,6 +100,23 @@ def _ablation(change: dict[str, Any], name: str) -> Preset:
                   model=change, budget_flops=base.train_config("loop", 0).budget_flops)
 
 
+_TWELVE = Automaton(rule=30, width=12, rows=12)
+_PAPER = {"n_head_layers": 1, "n_loop_layers": 2, "n_tail_layers": 9, "max_loops": 12, "time_conditioning": "t"}
+_PAPER_TRAIN = {**GROWN, "batch_size": 64}
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "first": {**_PAPER, "n_head_layers": 0, "n_tail_layers": 10},
+    "middle": {**_PAPER, "n_head_layers": 5, "n_tail_layers": 5},
+    "last": {**_PAPER, "n_head_layers": 10, "n_tail_layers": 0},
+}
+"""Which two of the twelve layers are looped, beside the paper's layers 1 and 2 (preset "paper-shape")."""
+
+
+def _placement(change: dict[str, Any], name: str) -> Preset:
+    return Preset(_TWELVE, steps=4000, time=ON_A_GPU, kinds=("loop",), variant=f"paper-{name}", model=change,
+                  train=_PAPER_TRAIN)
+
+
 PRESETS: dict[str, Preset] = {
     "automaton": Preset(_AUTOMATON, steps=2400, time="6 minutes per kind", train=GROWN),
     "sudoku6": Preset(Sudoku(size=6), steps=5000, time="5 minutes per kind", variant="6x6", train=GROWN),
@@ -105,8 +126,21 @@ PRESETS: dict[str, Preset] = {
     "sudoku9": Preset(Sudoku(size=9, level="singles", extra_givens=6, symmetries=True), steps=4000,
                       time="30 minutes per kind", variant="9x9", train={"batch_size": 64}),
     "arithmetic": Preset(Arithmetic(modulus=7, steps=8), steps=8000, time="11 minutes per kind"),
-    "pointer": Preset(Pointer(keys=8, hops=4, chains=8), steps=5000, time="30 minutes per kind",
-                      train={"batch_size": 64}),
+    "pointer": Preset(Pointer(keys=8, hops=4, chains=2), steps=6000, time=ON_A_GPU, model={"position": "both"},
+                      train={**GROWN, "curriculum": "growth", "schedule": "wsd", "batch_size": 128, "lr": 4e-3,
+                             "warmup_steps": 100}),
+    "stories-large": Preset(Stories(kinds=KINDS, steps=8, distractors=2, names=100, things=120, containers=4),
+                            steps=5000, time=ON_A_GPU, variant="large",
+                            train={**GROWN, "batch_size": 128, "eval_every": 500},
+                            model={"d_model": 128, "d_mlp": 512, "n_loop_layers": 2}),
+    "text-chars": Preset(Text(length=128, vocab=257, train_tokens=4_000_000), steps=5000, time=ON_A_GPU,
+                         variant="chars", model={"input_injection": "head"},
+                         train={**GROWN, "batch_size": 128, "eval_every": 500}),
+    "text-10m": Preset(Text(length=128, vocab=2048), steps=3000, time=ON_A_GPU, variant="10m",
+                       model={"d_model": 448, "n_heads": 7, "d_mlp": 1792, "input_injection": "head"},
+                       train={**GROWN, "batch_size": 64, "lr": 1e-3, "eval_every": 500}),
+    "paper-shape": Preset(_TWELVE, steps=4000, time=ON_A_GPU, variant="paper", model=_PAPER, train=_PAPER_TRAIN),
+    **{f"paper-shape-{name}": _placement(change, name) for name, change in PLACEMENTS.items()},
     "text": Preset(Text(length=64, vocab=2048), steps=4000, time="25 minutes per kind", kinds=("loop", "twin"),
                    train={"batch_size": 64, "lr": 1e-3}),
     **{f"ablation-{name}": _ablation(change, name) for name, change in ABLATIONS.items()},

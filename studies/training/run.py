@@ -24,7 +24,17 @@ from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import NoiseLevels
 from hooks.writing import written_whole
 from studies.tasks import Automaton, Task
-from studies.training.draws import GROWN_AT, LoopsDrawn, Masks, Schedule, draw_masks, loop_weights, rate
+from studies.training.draws import (
+    GROWN_AT,
+    Curriculum,
+    LoopsDrawn,
+    Masks,
+    Schedule,
+    draw_examples,
+    draw_masks,
+    loop_weights,
+    rate,
+)
 from studies.training.evaluation import held_out, idle_loops
 from studies.training.flops import mean_loops, training_flops
 from studies.training.machine import Precision
@@ -44,6 +54,8 @@ class TrainConfig:
     budget_flops: float = 3e13       # training FLOPs, counted by studies.training.flops; equal over a triplet
     batch_size: int = 32
     micro_batches: int = 1           # parts of a batch whose gradients are summed, to fit in memory
+    curriculum: Curriculum = "none"  # growth: examples grow from easy ones to the task's (`Task.curriculum`) over the
+    #                                  first half of the budget
     loops_drawn: LoopsDrawn = "uniform"  # S ~ U{1..S_max} (2605.26106); growth: its upper end grows over the first half
     #                                  of the budget, so that depth is paid for once one pass has learned what it can;
     #                                  equal_flops: each S as often as gives every S the same share of the FLOPs
@@ -72,10 +84,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}.")
-        for name, allowed in (("kind", Kind), ("loops_drawn", LoopsDrawn), ("masks", Masks), ("loss_on", LossOn),
-                              ("noise_levels", NoiseLevels), ("schedule", Schedule), ("precision", Precision)):
+        for name, allowed in (("kind", Kind), ("curriculum", Curriculum), ("loops_drawn", LoopsDrawn),
+                              ("masks", Masks), ("loss_on", LossOn), ("noise_levels", NoiseLevels),
+                              ("schedule", Schedule), ("precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}.")
+        if self.curriculum == "growth" and not self.task.has_curriculum:
+            raise ValueError(f"task {self.task.name!r} has no curriculum: curriculum must be 'none'.")
         if unknown := sorted(set(self.lr_of_kind) - set(get_args(Kind))):
             raise ValueError(f"lr_of_kind names {unknown}; kinds are {', '.join(get_args(Kind))}.")
         if not 0 < self.decay_share <= 1:
@@ -175,7 +190,8 @@ class TrainingRun:
         """One optimiser step; returns the loss in nats per free token."""
         config, task = self.config, self.task
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        batch = task.sample(config.batch_size, seed=config.seed * 1_000_003 + self.step)
+        batch = draw_examples(task, config.batch_size, config.seed * 1_000_003 + self.step,
+                              curriculum=config.curriculum, spent=self.spent)
         masked = draw_masks(batch.tokens, batch.free, task.mask_token_id, masks=config.masks,
                             levels=config.noise_levels, generator=generator)
         weights = loop_weights(self.model.config, task.seq_len, config.loops_drawn, self.spent)

@@ -16,6 +16,7 @@ from studies.tasks import Automaton
 from studies.training import machine, presets
 from studies.training.machine import fastest, has_bf16, missing_for_compile
 from studies.training.presets import PRESETS, Preset
+from studies.training.run import TrainResult
 from studies.training.step import TrainingStep
 from tests.small import small_model
 
@@ -140,6 +141,22 @@ def test_bfloat16_by_name_works_without_instructions_and_says_that_it_is_slow(mo
     assert capsys.readouterr().out.count("no bfloat16 instructions: --precision fp32 is likely to be faster.") == 1
     assert all(card["training"]["precision"] == "bf16" for card in cards.values())
     assert all(card["command"].endswith(" --precision bf16 --compile False") for card in cards.values())
+
+
+def test_the_command_on_the_card_names_the_device(monkeypatch, tmp_path) -> None:
+    """And the run is made there: the same command makes the same run again."""
+    lacking(monkeypatch, bf16=True, compiler=True)
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    trained, commands = [], []
+    result = TrainResult(small_model(), step=2, flops=1.0, finished=True, seconds=0.0, tokens=8, metrics=[])
+    monkeypatch.setattr(pretrain, "train", lambda config: trained.append(config) or result)
+    monkeypatch.setattr(pretrain, "export", lambda *args, command, **rest: commands.append(command) or tmp_path)
+    for device in ("cuda", "cpu"):
+        assert pretrain.main(pretrain.Pretrain(preset="tiny", kinds=("twin",), steps=5, device=device, zoo=tmp_path,
+                                               runs=tmp_path)) == 0
+    assert [config.device for config in trained] == ["cuda", "cpu"]
+    start = "python studies/pretrain.py --preset tiny --kinds twin --seeds 0"
+    assert commands == [f"{start} --device cuda --steps 5", f"{start} --steps 5"]
 
 
 def test_compiling_by_name_without_a_compiler_is_refused_before_the_training(monkeypatch, tmp_path) -> None:

@@ -97,6 +97,20 @@ def test_runs_are_made_once_and_written_with_their_page(tmp_path: Path, monkeypa
     assert main(replace(args, train=False, changes=("wsd",))) == 0
 
 
+def test_runs_are_made_on_the_device_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def stop(config: Any) -> None:
+        asked.append(config.device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "train", stop)
+    for options in ({}, {"device": "cuda"}):
+        with pytest.raises(KeyboardInterrupt):
+            main(Recipe(tasks=("stories",), changes=("recipe",), seeds=(0,), results=tmp_path, **options))
+    assert asked == ["cpu", "cuda"]
+
+
 def test_unknown_names_and_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(Recipe(tasks=("chess",), results=tmp_path)) == 2
     assert "no preset is called chess" in capsys.readouterr().err

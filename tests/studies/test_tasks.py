@@ -15,6 +15,7 @@ from hooks import HookedLoopMDM, LoopMDMConfig
 from hooks.model.diffusion import corrupt
 from studies.tasks import TASKS, Arithmetic, Automaton, Pointer, Sudoku, Task, Text, load_task
 from studies.tasks import brown as brown_corpus
+from studies.tasks.text import documents, is_test_document
 
 SENTENCES = ("The people of the United States met the Congress.", "Peace is with us! Commerce, too, has grown.",
              "What remains? A debt of 1,000 dollars, the Secretary said.", "Our navy sails; the army stands.")
@@ -170,6 +171,7 @@ def test_unknown_task() -> None:
     (Pointer, {"chains": 9}, "chains must be 1..8"),
     (Pointer, {"chains": 3, "min_keys": 2}, "chains must be 1..2"),
     (Text, {"length": 1}, "length must be at least 2"),
+    (Text, {"length": 8, "train_tokens": 8}, "train_tokens must be 0, for all, or more than a window's 8, not 8"),
 ])
 def test_impossible_difficulty(kind: type[Task], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -320,6 +322,37 @@ def test_text_visibility(corpus: str) -> None:
             else:
                 assert nearest == min(8, *(abs(position - i) for i in visible))
                 assert seen == (tokens[example, position] in tokens[example, visible])
+
+
+def test_text_in_bytes(corpus: str) -> None:
+    task = Text(length=60, corpus=corpus, vocab=257)
+    assert task.vocab_size == 258, "256 bytes, the end of a document, the mask"
+    written = [" ".join(text.split()) for _, text in documents(corpus)]
+    for tokens in task.sample(20, seed=0).tokens:
+        parts = task.decode(tokens).split("<end>")
+        assert sum(map(len, parts)) + len(parts) - 1 == 60, "a token is a character here, or an end"
+        assert all(any(part.strip() in text for text in written) for part in parts)
+    text = "Peace is with us! ■ Our navy sails; the army stands. In 1701"
+    assert task.decode(task.encode(text)) == text
+
+
+def test_part_of_a_text_is_read_again_and_again(corpus: str) -> None:
+    """The part is of the training split, of more than its first documents, and tests are on the whole of theirs."""
+    part, whole = (Text(length=40, corpus=corpus, vocab=257, train_tokens=most) for most in (1500, 0))
+
+    def windows(task: Text, split: str) -> set[str]:
+        return {task.decode(tokens) for seed in range(5) for tokens in task.sample(900, seed=seed, split=split).tokens}
+
+    few, all_of_them = windows(part, "train"), windows(whole, "train")
+    assert len(few) <= 1500 - 40 < len(all_of_them)
+    assert torch.equal(part.sample(9, seed=0, split="test").tokens, whole.sample(9, seed=0, split="test").tokens)
+    names = [name for name, _ in documents(corpus)]
+    read = [name for name in names if any(f"In {1700 + int(name.removeprefix('speech'))} " in window for window in few)]
+    assert 1 < len(read) < 8
+    assert not any(is_test_document(name) for name in read)
+    assert read != [name for name in names if not is_test_document(name)][:len(read)], "not simply the first ones"
+    with pytest.raises(ValueError, match=r"train_tokens is 999999999, and the train split of .* has \d+ tokens"):
+        Text(length=40, corpus=corpus, vocab=257, train_tokens=999_999_999).sample(1, seed=0)
 
 
 def test_text_without_documents(tmp_path: Path) -> None:

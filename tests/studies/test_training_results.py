@@ -107,6 +107,21 @@ def test_presets_give_every_kind_and_seed_the_same_budget(name: str) -> None:
     assert {(config.kind, config.seed) for config in configs} == {(k, s) for k in preset.kinds for s in (0, 1)}
 
 
+def test_placements_differ_in_where_two_of_twelve_layers_are_looped_and_spend_the_same() -> None:
+    shapes = {}
+    for name, preset in PRESETS.items():
+        if name.startswith("paper-shape"):
+            config = preset.train_config("loop", 0)
+            model = config.model_config()
+            shapes[name] = (model.n_head_layers, model.n_loop_layers, model.n_tail_layers)
+            assert (model.n_layers, model.max_loops, model.time_conditioning) == (12, 12, "t")
+            assert config.budget_flops == pytest.approx(PRESETS["paper-shape"].train_config("loop", 0).budget_flops)
+            assert (config.loops_drawn, config.masks) == ("growth", "exact")
+    assert shapes == {"paper-shape": (1, 2, 9), "paper-shape-first": (0, 2, 10), "paper-shape-middle": (5, 2, 5),
+                      "paper-shape-last": (10, 2, 0)}
+    assert len({preset.entry("loop", 0) for preset in PRESETS.values()}) == len(PRESETS), "a folder each"
+
+
 def test_ablations_spend_what_their_base_spends() -> None:
     budgets = {name: preset.train_config("loop", 0).budget_flops for name, preset in PRESETS.items()
                if name.startswith("ablation-")}

@@ -29,10 +29,11 @@ KEPT = ("step", "flops", "nelbo", "nelbo@1", "exact", "loops_idle")
 """What the page needs of a run's last metrics; ``exact`` is that of S_max."""
 
 
-def configure(task: str, change: str, seed: int, *, steps: int | None, runs: Path, threads: int | None) -> TrainConfig:
+def configure(task: str, change: str, seed: int, *, steps: int | None, runs: Path, threads: int | None,
+              device: str = "cpu") -> TrainConfig:
     """The run of a LoopMDM under one change. The unchanged one is the run that `pretrain.py` makes, and its folder."""
     preset = PRESETS[task]
-    base = preset.train_config("loop", seed, steps=steps, threads=threads)
+    base = preset.train_config("loop", seed, steps=steps, threads=threads, device=device)
     fields = dict(CHANGES[change][1])
     model = {**base.model, **fields.pop("model", {})}
     if change == "recipe" and base.budget_flops == preset.train_config("loop", seed).budget_flops:
