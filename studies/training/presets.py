@@ -120,8 +120,8 @@ def _placement(change: dict[str, Any], name: str) -> Preset:
 PRESETS: dict[str, Preset] = {
     "automaton": Preset(_AUTOMATON, steps=2400, time="6 minutes per kind", train=GROWN),
     "sudoku6": Preset(Sudoku(size=6), steps=5000, time="5 minutes per kind", variant="6x6", train=GROWN),
-    "stories": Preset(Stories(kinds=("directions",), steps=8), steps=860, time="2 minutes per kind",
-                      train={**GROWN, "lr": 4e-3, "warmup_steps": 100, "eval_every": 100,
+    "stories": Preset(Stories(kinds=("directions",), steps=8), steps=2150, time="4 minutes per kind",
+                      train={**GROWN, "schedule": "wsd", "lr": 4e-3, "warmup_steps": 100, "eval_every": 200,
                              "precision": "fp32", "compile": False}),   # too small to gain from either
     "sudoku9": Preset(Sudoku(size=9, level="singles", extra_givens=6, symmetries=True), steps=4000,
                       time="30 minutes per kind", variant="9x9", train={"batch_size": 64}),
