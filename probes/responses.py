@@ -20,6 +20,9 @@ Whether loops repeat an operation is asked by `probes.exchange`. Ours; no other 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import numpy as np
 import torch
 import xarray as xr
@@ -55,13 +58,14 @@ def responses(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, maps: Maps = 
     if n_directions < 1 or not step > 0:
         raise ValueError(f"n_directions must be at least 1 and step above 0, not {n_directions} and {step}.")
     generator = torch.Generator().manual_seed(seed)
-    total, on_other = 0.0, 0.0
+    total = torch.zeros(run.n_places, run.n_places, run.n_examples, dtype=torch.float64)
+    on_other = torch.zeros(run.n_places, run.n_examples, dtype=torch.float64)
     for _ in range(n_directions):
         v = torch.randn(run.states[0].shape[1:], generator=generator).to(run.states[0])
         unit = _units(torch.stack([_response(run, place, v, step) for place in range(run.n_places)]))
-        total = total + torch.einsum("pnx,qnx->pqn", unit, unit)
-        on_other = on_other + torch.einsum("pnx,pnx->pn", unit, unit.roll(1, 1))
-    cosine, cos_input = (part.cpu().numpy() / n_directions for part in (total, on_other))  # type: ignore[union-attr]
+        total += torch.einsum("pnx,qnx->pqn", unit, unit).cpu()
+        on_other += torch.einsum("pnx,pnx->pn", unit, unit.roll(1, 1)).cpu()
+    cosine, cos_input = (part.numpy() / n_directions for part in (total, on_other))
     return _summary(cosine, cos_input, cycle.labels(maps))
 
 
@@ -90,8 +94,8 @@ def _summary(cosine: Float[np.ndarray, "place other_place example"], cos_input: 
     alike = layer[:, None] == layer[None]
     cos_loop, cos_layer = _mean(cosine[apart & alike]), _mean(cosine[apart & ~alike])
     of_input = _mean(cos_input)
-    places = {"loop": ("place", loop), "layer": ("place", layer)}
-    others = {"loop_of_other": ("other_place", loop), "layer_of_other": ("other_place", layer)}
+    places: dict[Hashable, Any] = {"loop": ("place", loop), "layer": ("place", layer)}
+    others: dict[Hashable, Any] = {"loop_of_other": ("other_place", loop), "layer_of_other": ("other_place", layer)}
 
     def number(value: float, long_name: str, definition: str) -> xr.DataArray:
         return measurement(np.array(value), (), long_name=long_name, units="1", definition=definition, source=SOURCE)

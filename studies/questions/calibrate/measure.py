@@ -73,6 +73,12 @@ LOOPS = 4
 Truth = Literal["programme", "changing", "never the same", "settled", "nothing", "dial", "identity", "shuffled"]
 
 
+SURGERY: tuple[tuple[str, str, Truth], ...] = (
+    ("MLPs", "weights of its own", "changing"), ("attention", "weights of its own", "changing"),
+    ("counter", "counter", "never the same"))
+"""What is cut into the loop of a trained model, which kind of control that is, and its truth."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model with examples for it."""
@@ -138,9 +144,7 @@ def cases(zoo: Path = ZOO, codecs: Path = CODECS) -> list[Case]:
                  Case(name, "far loops", "settled", "", 0, 32, kept, functools.partial(_far, there))]
         made += [Case(f"{name}, {what}", family, truth, "", seed, 32, kept or seed % 2 == 1,
                       functools.partial(_cut, there, what, seed))
-                 for seed in (0, 1) for what, family, truth in (
-                     ("MLPs", "weights of its own", "changing"), ("attention", "weights of its own", "changing"),
-                     ("counter", "counter", "never the same"))]
+                 for seed in (0, 1) for what, family, truth in SURGERY]
     there = functools.partial(_entry, str(zoo), "automaton")
     made += [Case("automaton", "leak of the gate", "dial", "", 0, 32, False, functools.partial(_leaking, there, leak),
                   leak) for leak in LEAKS]

@@ -119,4 +119,7 @@ def _redrawn(part: nn.Module, n_units: int, generator: torch.Generator) -> nn.Mo
 
 
 def _units(part: nn.Module) -> int:
-    return part.n_heads if isinstance(part, Attention) else int(part.down.in_features)  # type: ignore[union-attr]
+    if isinstance(part, Attention):
+        return part.n_heads
+    assert isinstance(part, MLP)
+    return part.down.in_features
