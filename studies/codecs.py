@@ -30,12 +30,12 @@ PROGRAMMES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "AB-width48": {"sequence": "AB", "width": 48, "bits": 10},
     "DADCD": {"sequence": "DADCD", "n_layers": 3, "bits": 10, "seed": 2},
     "AAAAAA-one-layer": {"sequence": "AAAAAA", "n_layers": 1, "d_mlp": 512, "bits": 8, "seed": 1},
-    "ABCABC-width96": {"sequence": "ABCABC", "n_layers": 2, "width": 96, "bits": 10},
+    "ABCABC-width96": {"sequence": "ABCABC", "width": 96, "bits": 8},
     "AAAA-positions": {"sequence": "AAAA", "arrangement": "positions", "bits": 8, "batch_size": 128},
     "ABCD-positions": {"sequence": "ABCD", "arrangement": "positions", "bits": 8, "batch_size": 128},
     "BACA-positions": {"sequence": "BACA", "arrangement": "positions", "bits": 8, "batch_size": 128, "seed": 3},
-    "AAAA-turned": {"sequence": "AAAA", "turned": True, "bits": 10},
-    "ABCD-turned": {"sequence": "ABCD", "turned": True, "bits": 10},
+    "AAAA-turned": {"sequence": "AAAA", "turned": True, "bits": 8},
+    "ABCD-turned": {"sequence": "ABCD", "turned": True, "bits": 8},
 })
 """What each codec of the zoo is: the settings of `CodecConfig`; its name says what is unusual."""
 

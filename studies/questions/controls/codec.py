@@ -44,7 +44,9 @@ class CodecConfig:
     n_layers: int = 2                   # layers of the shared block
     width: int = 64                     # d_model
     bits: int = 12                      # bits of the content
-    noise: float = 0.1                  # standard deviation of the noise on training states, in units of a code's rms
+    noise: float = 0.8                  # standard deviation of the noise on training states, in units of a code's rms:
+    #                                     the truth is to hold beside the exact codes too, where a clock that was
+    #                                     estimated from few examples puts them (at 0.1, τ of AAAA is 0.5 to 1 there)
     turned: bool = False                # the code is turned by a random rotation at every place
     arrangement: Arrangement = "vector"
     n_heads: int = 4                    # attention heads, where bits have positions
