@@ -287,6 +287,8 @@ class _Cell:
         operation, basis, classes = self._operation()
         letters = self._letters(classes)
         missing = []
+        if content == "nothing new" and not self._ever_improved():
+            content, why = "", "whether any loop improved the answer"
         if not operation:
             missing.append("whether the loops do the same")
         if not content:
@@ -312,6 +314,11 @@ class _Cell:
         if earlier == ("below", "below"):
             return "nothing", f"{why}; earlier loops did not improve it either"
         return "undecided", f"{why}; not decided: whether earlier loops improved it"
+
+    def _ever_improved(self) -> bool:
+        """Did the loops, or earlier ones, improve the answer? Else it has not settled: there was nothing to settle."""
+        return "above" in [self._side(name) for name in ("whole gain", "earlier gain", "earlier worth")
+                           if name in self.shown]
 
     def _content(self) -> tuple[str, str]:
         gain, worth = self._side("gain"), self._side("worth")
