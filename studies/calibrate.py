@@ -80,7 +80,7 @@ def main(args: Calibrate) -> int:
         file.unlink(missing_ok=True)
     done = _rows(file)
     if not args.render:
-        run(args, todo, done, file)
+        run_cases(args, todo, done, file)
     rows = [done[case.key] for case in todo if case.key in done]
     if not rows:
         print(f"{file} holds no case: run `python studies/calibrate.py` without --render.", file=sys.stderr)
@@ -89,7 +89,7 @@ def main(args: Calibrate) -> int:
     return 0
 
 
-def run(args: Calibrate, todo: Sequence[Case], done: dict[str, dict[str, Any]], file: Path) -> None:
+def run_cases(args: Calibrate, todo: Sequence[Case], done: dict[str, dict[str, Any]], file: Path) -> None:
     """Run the cases that are not done, each written to ``file`` as it ends."""
     left = [case for case in todo if case.key not in done and (not args.families or case.family in args.families)]
     with file.open("a", encoding="utf-8") as out, tqdm(total=len(left), desc="cases", disable=None) as progress:

@@ -9,7 +9,7 @@ import pytest
 
 from studies.calibrate import Calibrate, main
 from studies.questions.calibrate.figures import figures
-from studies.questions.calibrate.judge import canonical, judge, outcome, regime_of_sequence, sentences, totals
+from studies.questions.calibrate.judge import judge, lettered, outcome, regime_of_sequence, told_in_words, totals
 from studies.questions.calibrate.measure import FRESH, KEPT_TASK, cases, run_case
 from studies.questions.calibrate.page import html_report, page
 from studies.questions.controls import CodecFailed, codec, load_codec, save_codec
@@ -56,8 +56,8 @@ def test_what_a_programme_should_be_called(sequence, regime):
 
 
 def test_letters_are_named_as_they_come():
-    assert canonical("DADCD") == "ABACA"
-    assert canonical("B·?B") == "A·?A"
+    assert lettered("DADCD") == "ABACA"
+    assert lettered("B·?B") == "A·?A"
 
 
 @pytest.mark.parametrize(("case", "result"), zip(PLANTED, [
@@ -81,7 +81,7 @@ def test_totals_are_counted():
 
 
 def test_every_sentence_is_made_from_the_rows():
-    said = "\n".join(sentences(PLANTED))
+    said = "\n".join(told_in_words(PLANTED))
     for part in ("8 calls with a known truth: 5 right, 2 wrong, 1 undecided (71% of the decided ones are right)",
                  "On what was looked at, 1 calls with a known truth: 0 right, 0 wrong, 1 undecided.",
                  "1 of 2 untrained models of 2 shapes", "at least 0.90 between loops of the same operation",
@@ -91,7 +91,7 @@ def test_every_sentence_is_made_from_the_rows():
                  "other", "τ is -0.30 at most", "called iterating (AAAA), and is unrolled ABCD"):
         assert part in said, part
     turned = [{**case, "dial": 1.0 - case["dial"]} if case["dial"] is not None else case for case in PLANTED]
-    assert "mean τ rises from -0.20 to 0.90" in "\n".join(sentences(turned))
+    assert "mean τ rises from -0.20 to 0.90" in "\n".join(told_in_words(turned))
 
 
 def test_criteria_say_whether_they_hold():
@@ -139,7 +139,7 @@ def test_cases_are_told_apart_and_half_of_the_seeds_is_kept():
 
 def test_an_untrained_model_and_a_programme_come_out_right():
     todo = {case.key: case for case in cases()}
-    flat = run_case(todo["untrained: two layers, seed 1, 32 examples"])
+    flat = run_case(todo["untrained: two layers, seed 7, 32 examples"])
     assert flat["regime"] in ("nothing", "undecided")
     assert outcome(flat) != "wrong"
     made = run_case(todo["codec: AAAA, seed 1, 32 examples"])

@@ -32,7 +32,7 @@ def regime_of_sequence(sequence: str) -> str:
     return "unrolled" if all_differ else "programme"
 
 
-def canonical(letters: str) -> str:
+def lettered(letters: str) -> str:
     """The same sequence with the letters A, B, … in the order in which they first come."""
     names: dict[str, str] = {}
     return "".join(letter if not letter.isalpha() else names.setdefault(letter, chr(ord("A") + len(names)))
@@ -45,7 +45,7 @@ def outcome(row: Row) -> Outcome | None:
     if truth == "programme":
         if regime == "undecided":
             return "undecided"
-        told, wanted = str(row["letters"]), canonical(str(row["sequence"]))
+        told, wanted = str(row["letters"]), lettered(str(row["sequence"]))
         agree = len(told) == len(wanted) and all(a in ("?", b) for a, b in zip(told, wanted, strict=True))
         return "right" if regime == regime_of_sequence(str(row["sequence"])) and agree else "wrong"
     expected = EXPECTED.get(truth)
@@ -59,6 +59,7 @@ EXPECTED: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "changing": (("unrolled", "drifting"), ("undecided", "nothing", "settled")),
     "never the same": (("unrolled", "drifting", "programme"), ("undecided", "nothing", "settled")),
     "settled": (("settled",), ("undecided",)),
+    "idle": (("nothing", "settled"), ("undecided",)),
     "nothing": (("nothing",), ("undecided",))}
 """By truth: regimes that are right, and regimes that make no statement about it (loops that surgery has left without
 work are no evidence of what they would do)."""
@@ -77,7 +78,7 @@ def judge(rows: Sequence[Row]) -> dict[str, Any]:
     found = {"confusion": confusion, "totals": {"kept": totals(rows, True), "looked at": totals(rows, False)},
              "sizes": _by(rows, "n", ("codec", "fresh codec")), "families": _by(rows, "family", None),
              "dials": _dials(rows)}
-    return {"criteria": criteria(rows), "words": sentences(rows), **found}
+    return {"criteria": criteria(rows), "words": told_in_words(rows), **found}
 
 
 def totals(rows: Iterable[Row], kept: bool | None = None) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _criterion(name: str, value: float | None, holds: Any, form: str) -> dict[st
             "met": None if value is None else bool(holds(value))}
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
+def told_in_words(rows: Sequence[Row]) -> list[str]:
     """What may be quoted; every number is counted here."""
     told = []
     for kept, name in ((True, "On what had no part in making the rule"), (False, "On what was looked at")):
@@ -140,7 +141,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
                     f"mean over pairs of loops, in {len(shuffled)} runs.")
     told += _on_dials(rows)
     return told + [f"Wrong: {row['key']}: called {row['regime']} ({row['letters']}), and is {truth_name(row)}"
-                   f"{' ' + canonical(row['sequence']) if row['sequence'] else ''}."
+                   f"{' ' + lettered(row['sequence']) if row['sequence'] else ''}."
                    for row in rows if outcome(row) == "wrong"]
 
 

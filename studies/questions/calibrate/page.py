@@ -37,7 +37,8 @@ def page(stored: Mapping[str, Any], pictures: tuple[str, ...] = ()) -> str:
                       *(f"| {truth} | " + " | ".join(str(n or "") for n in counts) + " |"
                         for truth, counts in zip(table["truth"], table["counts"], strict=True))]
     lines += ["", "*changing*: " + CONTROLS["changing"] + "; *never the same*: " + CONTROLS["never the same"]
-              + "; *settled*: " + CONTROLS["settled"] + "; *nothing*: " + CONTROLS["nothing"] + ".", "",
+              + "; *settled*: " + CONTROLS["settled"] + "; *idle*: " + CONTROLS["idle"] + "; *nothing*: "
+              + CONTROLS["nothing"] + ".", "",
               "## By kind of control", "", "| kind | calls | right | wrong | undecided |", "|---|---|---|---|---|",
               *(f"| {f['value']} | {f['n']} | {f['right']} | {f['wrong']} | {f['undecided']} |"
                 for f in found["families"])]
