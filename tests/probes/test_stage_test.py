@@ -175,6 +175,13 @@ def test_letters_keep_loop_0_apart_and_name_the_idle():
     assert ruled(matrix("BAAA"), work=[0.5, 0.5, 0, 0.5]).letters == "AB·B"
 
 
+def test_the_letter_of_loop_0_is_left_open_where_it_is_not_decided():
+    tau = matrix("AAAA")
+    tau[0, 1:] = tau[1:, 0] = 0.4
+    assert ruled(tau).letters == "?AAA"
+    assert ruled(tau).regime == "iterating"
+
+
 def test_both_directions_are_asked():
     tau = matrix("AAAA")
     tau[3, 1] = tau[3, 2] = tau[3, 0] = -1.0
