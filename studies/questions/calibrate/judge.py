@@ -39,14 +39,19 @@ def lettered(letters: str) -> str:
                    for letter in letters)
 
 
+def consistent(letters: str, sequence: str) -> bool:
+    """Whether decided letters are equal where those of the sequence are, and only there; "?" is not decided."""
+    known = [(letter, true) for letter, true in zip(letters, sequence, strict=True) if letter != "?"]
+    return all((a == b) == (x == y) for a, x in known for b, y in known)
+
+
 def outcome(row: Row) -> Outcome | None:
     """Whether a case came out right; None where no verdict is asked for (dials, identities, shuffled content)."""
     truth, regime = row["truth"], row.get("regime")
     if truth == "programme":
         if regime == "undecided":
             return "undecided"
-        told, wanted = str(row["letters"]), lettered(str(row["sequence"]))
-        agree = len(told) == len(wanted) and all(a in ("?", b) for a, b in zip(told, wanted, strict=True))
+        agree = consistent(str(row["letters"]), str(row["sequence"]))
         return "right" if regime == regime_of_sequence(str(row["sequence"])) and agree else "wrong"
     expected = EXPECTED.get(truth)
     if expected is None:

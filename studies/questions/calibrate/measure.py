@@ -383,6 +383,6 @@ STEPS = 150
 CONTROLS: Mapping[Truth, str] = MappingProxyType({
     "programme": "the sequence of operations that was trained into it", "changing": "each loop has weights of its own",
     "never the same": "each loop is told which it is, loudly", "settled": "twice S_max and later",
-    "nothing": "nothing was learned", "idle": "loops that gain hardly anything, as their training showed", "dial": "between two truths", "identity": "two models compute the same",
-    "shuffled": "content of another example"})
+    "nothing": "nothing was learned", "idle": "loops that gain hardly anything, as their training showed",
+    "dial": "between two truths", "identity": "two models compute the same", "shuffled": "content of another example"})
 """What each kind of truth rests on."""
