@@ -68,6 +68,8 @@ EXAMPLES = 32
 SIZES = (16, 32, 64)
 SWEPT = ("AAAA", "ABAB", "ABCD")
 """Numbers of examples, and the codecs of which they, and the noise on the clock, are varied."""
+TURNED = ("AAAA-turned", "ABCD-turned")
+"""Codecs of which numbers of examples are varied too: a basis has to be fitted."""
 IDLE_TASKS = ("pointer", "text")
 """Tasks on which the zoo's models were found to gain hardly anything by their loops."""
 CUT = (("automaton", 0), ("automaton", 1), (KEPT_TASK, 0), (KEPT_TASK, 1))
@@ -143,7 +145,7 @@ def _on_codecs(codecs: Path) -> list[Case]:
         subject = functools.partial(_bundled, str(codecs / name))
         sequence = subject().sequence
         sizes = [(seed, EXAMPLES) for seed in (0, 1)] + [(seed, n) for seed in (0, 1) for n in SIZES
-                                                        if n != EXAMPLES and name in SWEPT]
+                                                        if n != EXAMPLES and name in (*SWEPT, *TURNED)]
         made += [Case(name, "codec", "programme", sequence, seed, n, _odd(seed), subject) for seed, n in sizes]
         made += [Case(name, "shuffled content", "shuffled", sequence, seed, 64, _odd(seed), subject)
                  for seed in (0, 1)]
