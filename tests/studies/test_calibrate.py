@@ -215,6 +215,12 @@ def test_a_codec_is_read_back_as_it_was_written(tmp_path):
         codec("HH", bits=8, width=12, d_mlp=4, batch_size=8, steps=2)
 
 
+def test_the_same_seed_gives_the_same_codec():
+    one, other = (codec("EE", bits=5, width=16, d_mlp=64, batch_size=64, seed=1) for _ in range(2))
+    for (name, value), again in zip(one.module.state_dict().items(), other.module.state_dict().values(), strict=True):
+        assert (value == again).all(), name
+
+
 def test_noise_on_the_clock_costs_accuracy():
     made = load_codec(CODECS / "ABAB")
     assert made.noisy(0.1).accuracy > 0.99

@@ -115,9 +115,11 @@ class Codec(nn.Module):
             self.layers = nn.ModuleList(
                 nn.TransformerEncoderLayer(width, config.n_heads, config.d_mlp, dropout=0.0, activation="gelu",
                                            batch_first=True, norm_first=True) for _ in range(config.n_layers))
-        for parameter in self.layers.parameters():
+        for name, parameter in self.layers.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)       # torch's own are drawn from its global state
 
     def encode(self, bits: Int[Tensor, "example bit"], place: Int[Tensor, "example"] | int,
                ) -> Float[Tensor, "example pos d_model"]:
