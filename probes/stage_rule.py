@@ -287,6 +287,8 @@ class _Cell:
         operation, basis, classes = self._operation()
         letters = self._letters(classes)
         missing = []
+        if content == "nothing new" and not self._ever_improved():
+            content, why = "", "whether any loop improved the answer"
         if not operation:
             missing.append("whether the loops do the same")
         if not content:
@@ -312,6 +314,11 @@ class _Cell:
         if earlier == ("below", "below"):
             return "nothing", f"{why}; earlier loops did not improve it either"
         return "undecided", f"{why}; not decided: whether earlier loops improved it"
+
+    def _ever_improved(self) -> bool:
+        """Did the loops, or earlier ones, improve the answer? Else it has not settled: there was nothing to settle."""
+        return "above" in [self._side(name) for name in ("whole gain", "earlier gain", "earlier worth")
+                           if name in self.shown]
 
     def _content(self) -> tuple[str, str]:
         gain, worth = self._side("gain"), self._side("worth")
@@ -395,7 +402,7 @@ class _Cell:
         return classes
 
     def _letters(self, classes: list[set[int]] | None) -> str:
-        """A letter per loop of the whole run, A first; loop 0 gets its own unless it shares one."""
+        """A letter per loop of the whole run, A first; loop 0 gets its own where it is decided that it shares none."""
         known: dict[int, int] = {}
         for number, members in enumerate(classes or ()):
             known |= dict.fromkeys(members, number)
@@ -403,9 +410,14 @@ class _Cell:
             bases = [basis for basis in ("fixed", "drifting") if basis in self.drawn.tau]
             shared = [number for number, members in enumerate(classes)
                       if all(self._alike(bases, 0, k) == "above" for k in members)]
-            if len(classes) == 1 and self.start and any(self._side(f"{basis} first") == "above" for basis in bases):
+            firsts = [self._side(f"{basis} first") for basis in bases] if self.start else []
+            if len(classes) == 1 and "above" in firsts:
                 shared = [0]
-            known[0] = shared[0] if shared else len(classes)
+            apart = all(self._alike(bases, 0, k) == "below" for members in classes for k in members)
+            if shared:
+                known[0] = shared[0]
+            elif apart or (firsts and all(first == "below" for first in firsts)):
+                known[0] = len(classes)
         letters: list[str] = []
         names: dict[int, str] = {}
         for k in range(self.evidence.n_loops):

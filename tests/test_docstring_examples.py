@@ -48,7 +48,10 @@ BOUND_ONLY = {
     "studies/questions/stages/operation.py", "studies/questions/length_generalization/measure.py",   # train or measure
     "probes/alignment.py", "probes/calibration.py", "probes/gains.py", "probes/stage_rule.py",
     "probes/stage_test.py", "probes/stage_text.py",
-    "studies/questions/controls/codec.py",                                               # train or measure
+    *(f"studies/questions/controls/{name}.py" for name in (
+        "__init__", "codec", "codec_files", "counter", "far", "gated", "per_loop", "retraining", "switched",
+        "unrolled", "untrained")),
+    "studies/questions/calibrate/measure.py",                                            # train or measure
     "studies/training/step.py",                                                          # compiles
 }
 
@@ -234,6 +237,7 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
     import plotly.graph_objects as go
 
     from probes import attention_summary, dynamics, fixed_point, patterns, probe_latent, trajectory_pca
+    from studies.questions.calibrate.judge import judge as judge_calibration
     from studies.questions.claims.judge import judge as judge_claims
     from studies.questions.claims.page import Group
 
@@ -258,6 +262,8 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
     ablations, longer, claims = (stored[name] for name in (
         "ablations-automaton", "length_generalization-automaton", "claims-automaton"))
     stages = stored["rerun-automaton"]
+    calibrated = {"key": "one", "truth": "programme", "regime": "programme", "sequence": "ABAB", "letters": "ABAB",
+                  "n": 16, "kept": True, "family": "codec", "control": "ABAB", "least_equal": 0.9}
     runs = [{"task": "stories", "change": change, "seed": 0, "budget_flops": 1e9, "nelbo": 1.0, "nelbo@1": 1.1,
              "exact": 0.5, "steps": 3, "step": 3, "loops_idle": 0.0, "difficulty": {"name": "stories"}}
             for change in ("recipe", "before")]
@@ -306,6 +312,11 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "studies/questions/length_generalization/page.py": lambda: {"curves": longer.datasets["curves"],
                                                                     "verdict": longer.verdict},
         "probes/intervals.py": lambda: {"exchanged": np.ones(48), "left_out": np.ones(48)},
+        "studies/questions/calibrate/judge.py": lambda: {"rows": [calibrated]},
+        "studies/questions/calibrate/figures.py": lambda: {"found": judge_calibration([calibrated])},
+        "studies/questions/calibrate/page.py": lambda: {"stored": {
+            "found": judge_calibration([calibrated]), "thresholds": {"date": "today"},
+            "provenance": {"program": "python studies/calibrate.py", "seconds": 1.0}}},
         "studies/questions/controls/operations.py": lambda: {"bits": torch.randint(0, 2, (3, 12))},
         "studies/questions/recipe/judge.py": lambda: {"runs": runs},
         "studies/questions/recipe/page.py": lambda: {"runs": runs},

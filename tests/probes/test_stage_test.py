@@ -156,6 +156,16 @@ def test_drifting_needs_loops_that_change_the_answer_after_a_gain():
     assert judge([found], thresholds=QUICK)[0].regime == "drifting"
 
 
+def test_what_never_improved_has_not_settled():
+    """An untrained model whose first loop does harm that later ones undo: not decidedly without a gain."""
+    found = evidence(matrix("AAAA"), gain=0.0, worth=0.0, start=-0.02)
+    undone = found.prefix.copy()
+    undone[1] = undone[-1] + np.where(np.arange(N) % 2, 0.06, -0.05)
+    made = judge([replace(found, prefix=undone)], thresholds=QUICK)[0]
+    assert made.regime == "undecided"
+    assert "whether any loop improved the answer" in made.reason
+
+
 def test_letters_keep_loop_0_apart_and_name_the_idle():
     assert ruled(matrix("BAAA")).letters == "ABBB"
     assert ruled(matrix("AAAA")).letters == "AAAA"
@@ -163,6 +173,13 @@ def test_letters_keep_loop_0_apart_and_name_the_idle():
     assert ruled(matrix("AABB")).letters == "AABB"
     assert ruled(matrix("AABB")).regime == "programme"
     assert ruled(matrix("BAAA"), work=[0.5, 0.5, 0, 0.5]).letters == "AB·B"
+
+
+def test_the_letter_of_loop_0_is_left_open_where_it_is_not_decided():
+    tau = matrix("AAAA")
+    tau[0, 1:] = tau[1:, 0] = 0.4
+    assert ruled(tau).letters == "?AAA"
+    assert ruled(tau).regime == "iterating"
 
 
 def test_both_directions_are_asked():

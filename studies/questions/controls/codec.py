@@ -9,14 +9,15 @@ It has no memory and sees no input, so that loop k computes operation k and cann
 control is its sequence: the codec "ABAB" alternates between two operations although its weights are shared.
 
     made = codec("ABAB", n_layers=2, width=64, bits=12, seed=0)
-    made.module(made.inputs(64, seed=1))                      # logits [example, pos, 2]
+    stage_test(made.model(), made.inputs(64, seed=1), targets=made.targets(64, seed=1))
     made.truth                                                # "ABAB"
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooks import LoopedModel, adopt
 from studies.questions.controls.operations import OPERATIONS, Operation
 
 Arrangement = Literal["vector", "positions"]
@@ -42,7 +44,9 @@ class CodecConfig:
     n_layers: int = 2                   # layers of the shared block
     width: int = 64                     # d_model
     bits: int = 12                      # bits of the content
-    noise: float = 0.1                  # standard deviation of the noise on training states, in units of a code's rms
+    noise: float = 0.8                  # standard deviation of the noise on training states, in units of a code's rms:
+    #                                     the truth is to hold beside the exact codes too, where a clock that was
+    #                                     estimated from few examples puts them (at 0.1, τ of AAAA is 0.5 to 1 there)
     turned: bool = False                # the code is turned by a random rotation at every place
     arrangement: Arrangement = "vector"
     n_heads: int = 4                    # attention heads, where bits have positions
@@ -81,12 +85,14 @@ class Codec(nn.Module):
     codes: Float[Tensor, "place bit d_model"]
     clocks: Float[Tensor, "place d_model"]
     base: Float[Tensor, "place pos d_model"]
+    noise_basis: Float[Tensor, "d_model d_model"]
 
     def __init__(self, config: CodecConfig, operations: Mapping[str, Operation]):
         super().__init__()
         if missing := sorted(set(config.sequence) - set(operations)):
             raise ValueError(f"no operations for the letters {missing}; there are {sorted(operations)}.")
         self.config = config
+        self.clock_noise = 0.0              # in units of the standard deviation of a clock's numbers
         self.operations = tuple(operations[letter] for letter in config.sequence)
         generator = torch.Generator().manual_seed(config.seed)
         n_places, width = len(config.sequence) + 1, config.width
@@ -102,15 +108,18 @@ class Codec(nn.Module):
         self.register_buffer("codes", torch.einsum("bd,ped->pbe", directions * (width / len(directions)) ** 0.5, turns))
         self.register_buffer("base", torch.einsum("xd,ped->pxe", where, turns))
         self.register_buffer("clocks", normal(n_places, width))
+        self.register_buffer("noise_basis", normal(width, width), persistent=False)
         if alone:
             self.layers: nn.ModuleList = nn.ModuleList(MLPLayer(width, config.d_mlp) for _ in range(config.n_layers))
         else:
             self.layers = nn.ModuleList(
                 nn.TransformerEncoderLayer(width, config.n_heads, config.d_mlp, dropout=0.0, activation="gelu",
                                            batch_first=True, norm_first=True) for _ in range(config.n_layers))
-        for parameter in self.layers.parameters():
+        for name, parameter in self.layers.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)       # torch's own are drawn from its global state
 
     def encode(self, bits: Int[Tensor, "example bit"], place: Int[Tensor, "example"] | int,
                ) -> Float[Tensor, "example pos d_model"]:
@@ -140,9 +149,17 @@ class Codec(nn.Module):
         logit = along / codes.square().sum(-1)
         return READOUT * torch.stack([-logit, logit], -1)
 
+    def disturbed(self, x: Float[Tensor, "example pos d_model"]) -> Float[Tensor, "example pos d_model"]:
+        """The state as it enters a loop: with ``clock_noise`` standard deviations of noise on its clock, the same for
+        all positions. The noise is a fixed function of the state, so that a run can be repeated."""
+        if not self.clock_noise:
+            return x
+        angle = 3 * x.mean(1, keepdim=True) @ self.noise_basis
+        return x + self.clock_noise * 2 ** 0.5 * angle.sin()
+
     def forward(self, x: Float[Tensor, "example pos d_model"]) -> Float[Tensor, "example bit 2"]:
         for _ in self.operations:
-            x = self.block(x)
+            x = self.block(self.disturbed(x))
         return self.readout(x)
 
 
@@ -162,6 +179,18 @@ class TrainedCodec:
     def truth(self) -> str:
         """The sequence of operations, a letter per loop."""
         return self.module.config.sequence
+
+    def model(self) -> LoopedModel:
+        """The codec as analyses take it; `inputs` are its inputs, `targets` its targets."""
+        names = [f"layers.{layer}" for layer in range(self.module.config.n_layers)]
+        return adopt(self.module, layers=names, n_loops=len(self.truth), readout=self.module.readout)
+
+    def noisy(self, clock_noise: float) -> TrainedCodec:
+        """A copy whose clock is disturbed before each loop, by ``clock_noise`` standard deviations of its numbers: a
+        dial. ``accuracy`` is measured again."""
+        module = copy.deepcopy(self.module)
+        module.clock_noise = clock_noise
+        return replace(self, module=module, accuracy=run_accuracy(module, module.config.seed + 2))
 
     def inputs(self, n: int, *, seed: int) -> Float[Tensor, "example pos d_model"]:
         """States that enter loop 0, of random bits."""
@@ -198,7 +227,6 @@ def codec(sequence: str, *, operations: Mapping[str, Operation] = OPERATIONS, **
     optimizer = torch.optim.AdamW(module.layers.parameters(), lr=config.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         1.0, (step + 1) / 100, max(0.02, 2 * (1 - step / config.steps))))
-    held_out = _random_bits(N_CHECKED, config.bits, torch.Generator().manual_seed(config.seed + 2))
     accuracy = 0.0
     for step in range(1, config.steps + 1):
         loss = _loss(module, _random_bits(config.batch_size, config.bits, generator), generator)
@@ -207,13 +235,18 @@ def codec(sequence: str, *, operations: Mapping[str, Operation] = OPERATIONS, **
         optimizer.step()
         schedule.step()
         if step % CHECKED_EVERY == 0 or step == config.steps:
-            with torch.no_grad():
-                answers = module(module.encode(held_out, 0)).argmax(-1)
-            accuracy = float((answers == module.run(held_out)).float().mean())
+            accuracy = run_accuracy(module, config.seed + 2)
             if accuracy >= config.target:
                 return TrainedCodec(module.eval().requires_grad_(False), accuracy, step)
     raise CodecFailed(f"the codec {sequence} reached {accuracy:.3f} of its bits after {config.steps} steps, not "
                       f"{config.target}: give it more steps or layers, fewer bits, or another seed.")
+
+
+@torch.no_grad()
+def run_accuracy(module: Codec, seed: int) -> float:
+    """The share of bits that are right after the whole sequence, on random ones."""
+    bits = _random_bits(N_CHECKED, module.config.bits, torch.Generator().manual_seed(seed))
+    return float((module(module.encode(bits, 0)).argmax(-1) == module.run(bits)).float().mean())
 
 
 def _loss(module: Codec, bits: Int[Tensor, "example bit"], generator: torch.Generator) -> Float[Tensor, ""]:

@@ -1,6 +1,7 @@
 """Operations on bits that a codec runs: what a letter of its sequence stands for.
 
     OPERATIONS["A"](bits)                                     # Rule 30 on a ring; bits [example, bit] of 0 and 1
+    mixture(rule_30, majority, 0.25)(bits)                    # a quarter of the bits by majority
 """
 
 from __future__ import annotations
@@ -63,6 +64,21 @@ def conjunction(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
 def swap_if(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
     """The mirrored bits where the first bit is set, else the bits shifted by three."""
     return torch.where(z[:, :1] == 1, z.flip(1), _left(z, 3))
+
+
+def mixture(one: Operation, other: Operation, share: float) -> Operation:
+    """An operation that is like ``one`` but for the first ``share`` of the bits, which are as ``other`` makes them.
+
+    A dial: at 0 it is ``one``, at 1 ``other``. Raises ValueError for a share outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is a part of the bits, between 0 and 1, not {share}.")
+
+    def mixed(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+        cut = round(share * z.shape[1])
+        return torch.cat([other(z)[:, :cut], one(z)[:, cut:]], 1)
+
+    return mixed
 
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType({

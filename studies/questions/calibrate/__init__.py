@@ -1,0 +1,1 @@
+"""Does the stage test say what is true, on controls whose truth is known?"""
