@@ -279,6 +279,9 @@ class _Cell:
             return found("undecided", f"{min(evidence.sizes)} examples are too few: the rule asks for "
                                       f"{self.thresholds.least_examples}")
         if all(self._idle(k) for k in self.range):
+            if self._side("gain") == "above":
+                return found("undecided", "the loops improve the answer together and none of them is needed for it: "
+                                          "what they do is only seen with fewer loops (n_loops=…)", idle=True)
             return found(*self._without_work("no loop of the range changes the answer"), idle=True)
         if self._side("whole gain") == "below" and all(self._side(name) in ("within", "below")
                                                        for name in ("gain", "worth")):

@@ -130,7 +130,8 @@ def stage_test(model: LoopedModel | Sequence[LoopedModel], inputs: Inputs, *, ta
     ``scored``: positions whose answers count, by default those that the model scores and that have a target.
     ``roles``: positions whose clocks are kept apart and whose answers are judged apart: numbers [batch, pos], or
     {name: mask}; by default scored and not scored. ``t``: the noise level in (0, 1] of all examples or of each; up to
-    `FEW_LEVELS` levels are judged one by one, more of them in `BANDS`. ``loop_ranges``: [(first loop, loop after the
+    `FEW_LEVELS` levels are judged one by one (the level of the first example is the main one), more of them in `BANDS`.
+    ``loop_ranges``: [(first loop, loop after the
     last)]; by default loops 1 to the last (all, where there are two), and loops beyond the model's own number apart.
     ``twin``: an unlooped model for the same inputs, whose mid layers are cut into pseudo-loops and judged by the same
     rule. ``layers_per_loop`` does that to ``model`` itself. ``seed``: of the resampling.
@@ -347,9 +348,9 @@ def _bands(levels: Float[Tensor, "batch"] | None, n: int, thresholds: Thresholds
     """(name, its examples) of each level or band of t; bands with too few examples are left out."""
     if levels is None:
         return [("any", torch.arange(n))]
-    each = levels.unique()
+    each = list(dict.fromkeys(levels.tolist()))
     if len(each) <= FEW_LEVELS:
-        return [(f"{float(level):g}", torch.nonzero(levels == level)[:, 0]) for level in each]
+        return [(f"{level:g}", torch.nonzero(levels == level)[:, 0]) for level in each]
     found = [(f"{low:.2g} to {high:.2g}", torch.nonzero((levels > low) & (levels <= high))[:, 0])
              for low, high in BANDS]
     kept = [(name, rows) for name, rows in found if len(rows) >= thresholds.least_examples]

@@ -18,9 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from hooks import LoopedModel
 from hooks.writing import written_whole
 from probes import stage_test
 from probes.stage_test import Verdict
@@ -69,9 +71,12 @@ def test(subject: Subject, settings: Settings) -> dict[str, Any]:
     began = time.monotonic()
     models = subject.load()
     drawn = subject.examples(settings.per_level, settings.seed)
-    near = _verdict(subject, models, drawn, n_loops=subject.n_loops, settings=settings)
+    n_loops = subject.n_loops
+    if n_loops is None and subject.layers_per_loop is None:
+        n_loops = needed_loops(models, subject.examples(settings.per_level, settings.seed + 1))
+    near = _verdict(subject, models, drawn, n_loops=n_loops, settings=settings)
     told = {"name": subject.name, "kind": subject.kind, "about": subject.about, "seeds": list(subject.seeds),
-            "entries": list(subject.entries), "verdict": near.to_dict()}
+            "entries": list(subject.entries), "n_loops": n_loops, "verdict": near.to_dict()}
     if subject.far is not None:
         few = _at_highest_level(drawn)
         far = _verdict(subject, models[:1], few, n_loops=subject.far[1], settings=settings, loop_ranges=[subject.far])
@@ -79,8 +84,33 @@ def test(subject: Subject, settings: Settings) -> dict[str, Any]:
     return {**told, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _verdict(subject: Subject, models: Sequence[Any], drawn: Examples, *, n_loops: int | None, settings: Settings,
-             loop_ranges: list[tuple[int, int]] | None = None) -> Verdict:
+FEWEST_LOOPS = 3
+"""Loops of a forward that is judged: with loop 0 apart, two remain to be compared."""
+NEEDED = 0.1
+"""Share of the gain of all loops that may be missing after the loops that are needed."""
+
+
+@torch.no_grad()
+def needed_loops(models: Sequence[LoopedModel], drawn: Examples) -> int:
+    """The fewest loops after which the answer is nearly as good as it becomes, the median over ``models``.
+
+    Of a run that is longer than the answer needs, no loop is missed when it is left out, and none can be judged.
+    """
+    return int(np.median([_needed(model, drawn) for model in models]))
+
+
+def _needed(model: LoopedModel, drawn: Examples) -> int:
+    nll = []
+    for n_loops in range(1, model.max_loops + 1):
+        state, context = model.enter(drawn.inputs, n_loops, t=drawn.t)
+        log_p = model.resume(0, state, context).log_softmax(-1)
+        nll.append(-float(log_p.gather(-1, drawn.targets[..., None])[..., 0][drawn.scored].mean()))
+    enough = min(nll) + NEEDED * (nll[0] - min(nll))
+    return max(FEWEST_LOOPS, 1 + next(k for k, value in enumerate(nll) if value <= enough))
+
+
+def _verdict(subject: Subject, models: Sequence[LoopedModel], drawn: Examples, *, n_loops: int | None,
+             settings: Settings, loop_ranges: list[tuple[int, int]] | None = None) -> Verdict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return stage_test(models, drawn.inputs, targets=drawn.targets, scored=drawn.scored, t=drawn.t, n_loops=n_loops,

@@ -20,26 +20,32 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks import HookedLoopMDM, LoopedModel
+from hooks import HookedLoopMDM, LoopedModel, adopt
 from hooks.model.diffusion import corrupt
 from studies.folders import group_name, without_seed
+from studies.questions.controls.codec_files import load_codec
 from studies.results import file_hash
 from studies.tasks import Task, load_task
 from studies.zoo import load_whole, names, read_card
 
-SubjectKind = Literal["loop", "deep", "foreign", "untrained"]
+SubjectKind = Literal["control", "loop", "deep", "untrained"]
 
-LEVELS = (0.5, 0.9, 1.0)
-"""Noise levels that are judged apart. Where few positions are masked, loops after the first have little to do."""
+CODECS = ("AAAA", "ABCD")
+"""Controls that are shown beside the zoo: blocks built to run these programmes (`studies.questions.controls`)."""
+UNTRAINED_LOOPS = 4
+
+LEVELS = (0.9, 1.0, 0.5)
+"""Noise levels that are judged apart, the main one first. Where few positions are masked, later loops have little to
+do; where all are, a position's mean state also tells how far the answer has come."""
 
 
 @dataclass(frozen=True)
 class Examples:
     """Inputs with noise levels, and what should be answered."""
 
-    inputs: Int[Tensor, "example pos"]
-    targets: Int[Tensor, "example pos"]
-    scored: Bool[Tensor, "example pos"]
+    inputs: Int[Tensor, "example pos"] | Float[Tensor, "example pos d_model"]
+    targets: Int[Tensor, "example answer"]
+    scored: Bool[Tensor, "example answer"]
     t: Float[Tensor, "example"] | None
 
 
@@ -53,7 +59,7 @@ class Subject:
     load: Callable[[], list[LoopedModel]]
     examples: Callable[[int, int], Examples]    # (per level, seed) →
     seeds: tuple[int, ...] = (0,)               # training seeds of the models
-    n_loops: int | None = None                  # of the range that is judged
+    n_loops: int | None = None                  # in one forward; None: as many as the answer needs
     layers_per_loop: int | None = None          # pseudo-loops of an unlooped model
     far: tuple[int, int] | None = None          # a range of loops beyond training, judged beside
     identity: str = ""                          # changes with the weights
@@ -93,19 +99,32 @@ def zoo_subjects(zoo: str | Path) -> list[Subject]:
     return found
 
 
-def pseudo_loop_count(mean_loops: float) -> int:
-    """Loops compared: as many as the deep twin has pseudo-loops, so that both are equally deep."""
-    return max(2, int(mean_loops))
+def codec_subjects(folder: str | Path) -> list[Subject]:
+    """Blocks whose programme is known, from the zoo of codecs."""
+    return [Subject(name, "control", f"looped block built to run {name}", partial(_codec, Path(folder) / name),
+                    partial(_codec_examples, Path(folder) / name), n_loops=len(name),
+                    identity=file_hash(Path(folder) / name / "model.safetensors")[:12]) for name in CODECS]
+
+
+def _codec(folder: Path) -> list[LoopedModel]:
+    module = load_codec(folder).module
+    return [adopt(module, layers=[f"layers.{i}" for i in range(len(module.layers))], n_loops=len(module.operations),
+                  readout=module.readout)]
+
+
+def _codec_examples(folder: Path, per_level: int, seed: int) -> Examples:
+    codec, n = load_codec(folder), per_level * len(LEVELS)
+    targets = codec.targets(n, seed=seed)
+    return Examples(codec.inputs(n, seed=seed), targets, torch.ones_like(targets, dtype=torch.bool), None)
 
 
 def _looped(group: str, entries: list[str], cards: Mapping[str, dict[str, Any]], zoo: str | Path) -> Subject:
     top = cards[entries[0]]["topology"]
     s_max = int(top["max_loops"])
-    n_loops = pseudo_loop_count((s_max + 1) / 2)
     seeds = tuple(int(cards[name]["seed"]) for name in entries)
     layers = f"{top['loop']} looped layer{'s' * (top['loop'] != 1)}"
     return Subject(group, "loop", f"LoopMDM, {layers}, S_max = {s_max}", partial(_loaded, tuple(entries), Path(zoo)),
-                   partial(_drawn, cards[entries[0]]["task"]), seeds, n_loops, None, (2 * s_max, 2 * s_max + 2),
+                   partial(_drawn, cards[entries[0]]["task"]), seeds, None, None, (2 * s_max, 2 * s_max + 2),
                    _identity(entries, zoo), tuple(entries))
 
 
@@ -136,12 +155,11 @@ def untrained_subjects(zoo: str | Path, *, n: int) -> list[Subject]:
     for name, card in cards.items():
         if card["kind"] != "loop" or card["seed"] != 0 or without_seed(str(card.get("variant", ""))):
             continue
-        s_max = int(card["topology"]["max_loops"])
         for seed in range(n):
             found.append(Subject(f"{group_name(card['task']['name'], '')}, initialisation {seed}", "untrained",
                                  f"LoopMDM of the shape of {name}, not trained",
-                                 partial(_untrained, Path(zoo) / name, seed), partial(_drawn, card["task"]), (seed,), pseudo_loop_count((s_max + 1) / 2),
-                                 identity=f"init {seed}"))
+                                 partial(_untrained, Path(zoo) / name, seed), partial(_drawn, card["task"]), (seed,),
+                                 UNTRAINED_LOOPS, identity=f"{name} {seed}"))
     return found
 
 
