@@ -24,9 +24,10 @@ ASKED = ("Every control below is a model whose truth is known by construction: p
 
 def page(stored: Mapping[str, Any], pictures: tuple[str, ...] = ()) -> str:
     """Markdown; ``pictures`` are the names of figures that lie beside it as SVG files."""
-    found = stored["found"]
+    found, missing = stored["found"], stored.get("missing", 0)
     lines = [f"# {TITLE}", "", f"Made by `{stored['provenance']['program']}` in "
-             f"{stored['provenance']['seconds'] / 60:.0f} minutes; rule of {stored['thresholds']['date']}.", "", ASKED,
+             f"{stored['provenance']['seconds'] / 60:.0f} minutes; rule of {stored['thresholds']['date']}."
+             + (f" {missing} cases were not run yet." if missing else ""), "", ASKED,
              "", *(f"- {sentence}" for sentence in found["words"]), "", "| asked | came out | holds |", "|---|---|---|",
              *(f"| {c['name']} | {c['value'] or 'not measured'} | {MET[c['met']]} |" for c in found["criteria"])]
     for table in found["confusion"]:
@@ -36,7 +37,7 @@ def page(stored: Mapping[str, Any], pictures: tuple[str, ...] = ()) -> str:
                       "|---" * (len(REGIMES) + 1) + "|",
                       *(f"| {truth} | " + " | ".join(str(n or "") for n in counts) + " |"
                         for truth, counts in zip(table["truth"], table["counts"], strict=True))]
-    lines += ["", "*changing*: " + CONTROLS["changing"] + "; *never the same*: " + CONTROLS["never the same"]
+    lines += ["", "*never the same*: " + CONTROLS["never the same"]
               + "; *settled*: " + CONTROLS["settled"] + "; *idle*: " + CONTROLS["idle"] + "; *nothing*: "
               + CONTROLS["nothing"] + ".", "",
               "## By kind of control", "", "| kind | calls | right | wrong | undecided |", "|---|---|---|---|---|",
