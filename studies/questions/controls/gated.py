@@ -8,8 +8,8 @@ model, to every digit; a test of shared weights calls it iterating.
     made(tokens)                                              # equals deep_twin(tokens) up to rounding
     stage_test(made, noised, targets=tokens)                  # equals stage_test(deep_twin, …, layers_per_loop=2)
 
-The dial ``leak`` opens all groups a little at every loop: at 0 the loops have nothing in common, at 1 they are one
-operation, the mean of all (which does not solve the task any more).
+The dial ``leak`` opens all groups a little at every loop: at 0 no two loops run the same weights, at 1 all run one map,
+the mean of all. That map does not solve the task any more, and nothing forces its loops to be exchangeable.
 """
 
 from __future__ import annotations
