@@ -10,7 +10,7 @@ import pytest
 from studies.calibrate import Calibrate, main
 from studies.questions.calibrate.figures import figures
 from studies.questions.calibrate.judge import judge, lettered, outcome, regime_of_sequence, told_in_words, totals
-from studies.questions.calibrate.measure import FRESH, KEPT_TASK, cases, run_case
+from studies.questions.calibrate.measure import CHANGED, FRESH, KEPT_TASK, SEEN, cases, run_case
 from studies.questions.calibrate.page import html_report, page
 from studies.questions.controls import CodecFailed, codec, load_codec, save_codec
 from studies.questions.controls.codec_files import CODECS, bundled_codecs
@@ -119,6 +119,7 @@ def test_pages_and_figures_hold_the_tables():
     for sentence in found["words"]:
         assert f"- {sentence}" in text
     assert "![power](power.svg)" in text
+    assert all(f"- {change}" in text for change in CHANGED)
     assert "| iterating | 1 |" in text
     drawn = figures(found)
     assert set(drawn) == {"confusion", "power", "dials"}
@@ -137,7 +138,8 @@ def test_cases_are_told_apart_and_half_of_the_seeds_is_kept():
     assert len({case.control for case in todo if case.truth == "nothing"}) >= 5
     for case in todo:
         odd = case.seed % 2 == 1
-        assert case.kept == (odd or case.control.startswith(KEPT_TASK) or case.control in FRESH)
+        seen = (case.control, case.seed, case.n) == SEEN
+        assert case.kept == ((odd and not seen) or case.control.startswith(KEPT_TASK) or case.control in FRESH)
 
 
 def test_an_untrained_model_and_a_programme_come_out_right():
