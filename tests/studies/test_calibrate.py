@@ -10,7 +10,7 @@ import pytest
 from studies.calibrate import Calibrate, main
 from studies.questions.calibrate.figures import figures
 from studies.questions.calibrate.judge import judge, lettered, outcome, regime_of_sequence, told_in_words, totals
-from studies.questions.calibrate.measure import FRESH, KEPT_TASK, cases, run_case
+from studies.questions.calibrate.measure import CHANGED, FRESH, KEPT_TASK, SEEN, cases, run_case
 from studies.questions.calibrate.page import html_report, page
 from studies.questions.controls import CodecFailed, codec, load_codec, save_codec
 from studies.questions.controls.codec_files import CODECS, bundled_codecs
@@ -36,7 +36,8 @@ PLANTED = [
     row("nothing", "nothing", family="untrained", control="flat"),
     row("nothing", "iterating", family="untrained", control="deep"),
     row("settled", "settled", family="far loops"),
-    row("changing", "nothing", family="weights of its own"),
+    row("own weights", "iterating", family="weights of its own"),
+    row("never the same", "nothing", family="counter"),
     row("never the same", "programme", family="counter"),
     row("dial", "iterating", family="mixture", dial=0.0, tau=0.9, letters="AAA"),
     row("dial", "programme", family="mixture", dial=1.0, tau=-0.2, letters="ABA"),
@@ -62,7 +63,7 @@ def test_letters_are_named_as_they_come():
 
 def test_outcomes():
     assert [outcome(case) for case in PLANTED] == [
-        "right", "right", "undecided", "wrong", "right", "wrong", "right", "undecided", "right", None, None, None, None]
+        "right", "right", "undecided", "wrong", "right", "wrong", "right", None, "undecided", "right", *[None] * 4]
 
 
 def test_right_regime_with_wrong_letters_is_wrong():
@@ -88,6 +89,7 @@ def test_every_sentence_is_made_from_the_rows():
                  "1 of 2 untrained models of 2 shapes", "at least 0.90 between loops of the same operation",
                  "at most 0.80 between loops of different ones", "1 of 2 with 16 examples (0 wrong)",
                  "1 of 2 with 32 examples (1 wrong)", "differ by at most 2.0e-06 in their logits and 3.0e-05 in τ",
+                 "are called iterating (1 of 1); nothing is counted here",
                  "from 0 to 1: mean τ falls from 0.90 to -0.20; called iterating at the one end and programme at the "
                  "other", "τ is -0.30 at most", "called iterating (AAAA), and is unrolled ABCD"):
         assert part in said, part
@@ -117,6 +119,7 @@ def test_pages_and_figures_hold_the_tables():
     for sentence in found["words"]:
         assert f"- {sentence}" in text
     assert "![power](power.svg)" in text
+    assert all(f"- {change}" in text for change in CHANGED)
     assert "| iterating | 1 |" in text
     drawn = figures(found)
     assert set(drawn) == {"confusion", "power", "dials"}
@@ -135,7 +138,8 @@ def test_cases_are_told_apart_and_half_of_the_seeds_is_kept():
     assert len({case.control for case in todo if case.truth == "nothing"}) >= 5
     for case in todo:
         odd = case.seed % 2 == 1
-        assert case.kept == (odd or case.control.startswith(KEPT_TASK) or case.control in FRESH)
+        seen = (case.control, case.seed, case.n) == SEEN
+        assert case.kept == ((odd and not seen) or case.control.startswith(KEPT_TASK) or case.control in FRESH)
 
 
 def test_an_untrained_model_and_a_programme_come_out_right():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from hooks import LoopedModel
+from probes import stage_test
 from probes.cycles import own_loops, pseudo_loops
 from probes.exchange import exchange, tau
+from probes.thresholds import THRESHOLDS
 from studies.questions.controls import (
     SHAPES,
     counter,
@@ -59,6 +63,20 @@ def test_a_gated_copy_gets_the_matrices_of_its_twin():
     for one, other in zip(matrices(made, own_loops(made.topology()), tokens),
                           matrices(twin, pseudo_loops(twin.topology(), 2), tokens), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_stage_test_says_the_same_of_what_computes_the_same():
+    quick = replace(THRESHOLDS, resamples=500)
+    twin = small_model(seed=2, n_loop_layers=4, max_loops=1, n_head_layers=0, n_tail_layers=0)
+    loop = small_model(seed=4, n_loop_layers=1, max_loops=3)
+    tokens = small_tokens(12)
+    clean = torch.randint(0, MASK, tokens.shape, generator=torch.Generator().manual_seed(1))
+    for one, other, period, n_loops in ((gated_copy(twin, 2), twin, 2, 2), (loop, unrolled_copy(loop), 1, 3)):
+        looped = stage_test(one, tokens, targets=clean, n_loops=n_loops, thresholds=quick)
+        unlooped = stage_test(other, tokens, targets=clean, layers_per_loop=period, thresholds=quick)
+        np.testing.assert_allclose(looped.tau, unlooped.tau, atol=1e-4)
+        np.testing.assert_allclose(looped.stages, unlooped.stages, atol=1e-4)
+        assert (looped.regime, looped.letters) == (unlooped.regime, unlooped.letters)
 
 
 def test_a_leak_makes_the_loops_one_operation():

@@ -5,11 +5,9 @@
 
 **What was looked at while the rule was made, and what was kept.** The thresholds (`probes.thresholds`) were set with
 programmes of the operations A to D in view, turned or not, and with models trained on automaton and sudoku; they were
-not changed since. One branch of the rule was: in a first run an untrained model, whose first loop did harm that a later
-one undid, was called settled; now that is said only where some loop improved the answer. The untrained models here have
-seeds that were not seen then. Kept for the final table, with no part in the rule: every odd seed (of
-examples, weights and training), every programme of the operations E to H, and all surgery on the task arithmetic.
-(τ of the plain arithmetic models themselves had been seen.)
+not changed since. Kept for the final table, with no part in the rule: odd seeds (of examples, weights and training),
+programmes of the operations E to H, and all surgery on the task arithmetic. (τ of the plain arithmetic models
+themselves had been seen.) What was changed after a look at results is listed in `CHANGED`, and is on the page.
 """
 
 from __future__ import annotations
@@ -62,7 +60,9 @@ VARIANT = {"sudoku": "-6x6"}
 """Tasks whose zoo models are operated on, and which variant of them."""
 
 FRESH = ("EEEE", "EFGH", "EFEF", "EEFF", "FEEE", "GFHF")
-"""Programmes that are trained here, of operations that the rule had not seen."""
+"""Programmes that are trained here, of operations that the rule had not seen, on 9 bits. (On a ring of 8, four times E
+gives zeros whatever the bits are, and F before three times E changes nothing: a first run had these truths wrong, and
+the test was right to call them nothing, and loop 0 idle.)"""
 EXAMPLES = 32
 """Examples of a call, unless their number is what is varied."""
 SIZES = (16, 32, 64)
@@ -84,12 +84,29 @@ T = 0.9
 LOOPS = 4
 """Loops of models of tasks."""
 
-Truth = Literal["programme", "changing", "never the same", "settled", "nothing", "idle", "dial", "identity",
+CHANGED = (
+    "The rule: an untrained model, whose first loop did harm that a later one undid, was called settled; now that is "
+    "said only where some loop improved the answer. The untrained models here have seeds that were not seen then.",
+    "The rule: AAAA with 16 examples of seed 1 was printed as ABBB although nothing was decided about loop 0, whose "
+    "letter is now left open. That call counts as looked at.",
+    "The codecs: they were trained with noise of 0.1 and are now with 0.8. With 0.1, AAAA in a turned basis and ABCABC "
+    "were called unrolled: the blocks did not run their operation on contents that stood a little beside the codes.",
+    "The fresh codecs: on rings of 8 bits EEEE was called nothing and loop 0 of FEEE idle, which is true there; they "
+    "have 9 bits now. EFGH and GFHF were undecided before and after.",
+    "Weights per loop were to count as changing, and their MLPs on automaton came out as iterating. Nothing forces "
+    "them to change; they are listed and not counted.",
+    "The gated copy: scales of norms were folded into weights, whose rounding moved τ of the sudoku twin by 5e-4.",
+)
+"""What was changed after results of this study had been seen, in the order in which it was."""
+SEEN = ("AAAA", 1, 16)
+"""Codec, seed and examples of a kept call that was seen, and had a part in the rule."""
+
+Truth = Literal["programme", "own weights", "never the same", "settled", "nothing", "idle", "dial", "identity",
                 "shuffled"]
 
 
 SURGERY: tuple[tuple[str, str, Truth], ...] = (
-    ("MLPs", "weights of its own", "changing"), ("attention", "weights of its own", "changing"),
+    ("MLPs", "weights of its own", "own weights"), ("attention", "weights of its own", "own weights"),
     ("counter", "counter", "never the same"))
 """What is cut into the loop of a trained model, which kind of control that is, and its truth."""
 
@@ -147,7 +164,8 @@ def _on_codecs(codecs: Path) -> list[Case]:
         slow = "positions" in name
         sizes = [(seed, EXAMPLES) for seed in ((1,) if slow else (0, 1))] + [(seed, n) for seed in (0, 1) for n in SIZES
                                                         if n != EXAMPLES and name in (*SWEPT, *TURNED)]
-        made += [Case(name, "codec", "programme", sequence, seed, n, _odd(seed), subject) for seed, n in sizes]
+        made += [Case(name, "codec", "programme", sequence, seed, n, _odd(seed) and (name, seed, n) != SEEN, subject)
+                 for seed, n in sizes]
         made += [Case(name, "shuffled content", "shuffled", sequence, seed, 64, _odd(seed), subject)
                  for seed in (0, 1)]
     return made
@@ -286,21 +304,21 @@ def _bundled(path: str, noise: float = 0.0) -> _Programme:
 
 @functools.lru_cache(maxsize=1)
 def _fresh(sequence: str, seed: int) -> _Programme:
-    return _trained(sequence, 10 + seed)
+    return _trained(sequence, 10 + seed, bits=9)
 
 
 @functools.lru_cache(maxsize=1)
 def _mixed(share: float, seed: int) -> _Programme:
     operations = {**OPERATIONS, "M": mixture(OPERATIONS["A"], OPERATIONS["B"], share)}
-    return _trained("AMA", 20 + seed, operations)
+    return _trained("AMA", 20 + seed, bits=8, operations=operations)
 
 
-def _trained(sequence: str, seed: int, operations: Mapping[str, Operation] = OPERATIONS) -> _Programme:
+def _trained(sequence: str, seed: int, *, bits: int, operations: Mapping[str, Operation] = OPERATIONS) -> _Programme:
     """A codec of this seed, or of the next one (100 on) that learns its sequence."""
     for attempt in range(TRIES - 1):
         with contextlib.suppress(CodecFailed):
-            return _Programme.of(codec(sequence, operations=operations, bits=8, seed=seed + 100 * attempt))
-    return _Programme.of(codec(sequence, operations=operations, bits=8, seed=seed + 100 * (TRIES - 1)))
+            return _Programme.of(codec(sequence, operations=operations, bits=bits, seed=seed + 100 * attempt))
+    return _Programme.of(codec(sequence, operations=operations, bits=bits, seed=seed + 100 * (TRIES - 1)))
 
 
 TRIES = 3
@@ -384,7 +402,8 @@ STEPS = 150
 """Training steps after surgery."""
 
 CONTROLS: Mapping[Truth, str] = MappingProxyType({
-    "programme": "the sequence of operations that was trained into it", "changing": "each loop has weights of its own",
+    "programme": "the sequence of operations that was trained into it",
+    "own weights": "each loop has weights of its own",
     "never the same": "each loop is told which it is, loudly", "settled": "twice S_max and later",
     "nothing": "nothing was learned", "idle": "loops that gain hardly anything, as their training showed",
     "dial": "between two truths", "identity": "two models compute the same", "shuffled": "content of another example"})

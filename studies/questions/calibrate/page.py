@@ -12,21 +12,22 @@ from typing import Any
 import plotly.graph_objects as go
 
 from studies.questions.calibrate.judge import REGIMES
-from studies.questions.calibrate.measure import CONTROLS
+from studies.questions.calibrate.measure import CHANGED, CONTROLS
 
 TITLE = "Does the stage test say what is true?"
 ASKED = ("Every control below is a model whose truth is known by construction: programmes trained into shared blocks "
-         "(codecs), a looped block that computes what an unlooped model computes and the reverse, loops with weights "
-         "of their own, loops far beyond training, untrained models. The stage test is called on each without being "
+         "(codecs), a looped block that computes what an unlooped model computes and the reverse, loops far beyond "
+         "training, untrained models; and some between two truths. The stage test is called on each without being "
          "told. *Kept* calls had no part in making the rule: odd seeds, programmes of the operations E to H, and all "
          "surgery on the task arithmetic (`studies/questions/calibrate/measure.py` has the list).")
 
 
 def page(stored: Mapping[str, Any], pictures: tuple[str, ...] = ()) -> str:
     """Markdown; ``pictures`` are the names of figures that lie beside it as SVG files."""
-    found = stored["found"]
+    found, missing = stored["found"], stored.get("missing", 0)
     lines = [f"# {TITLE}", "", f"Made by `{stored['provenance']['program']}` in "
-             f"{stored['provenance']['seconds'] / 60:.0f} minutes; rule of {stored['thresholds']['date']}.", "", ASKED,
+             f"{stored['provenance']['seconds'] / 60:.0f} minutes; rule of {stored['thresholds']['date']}."
+             + (f" {missing} cases were not run yet." if missing else ""), "", ASKED,
              "", *(f"- {sentence}" for sentence in found["words"]), "", "| asked | came out | holds |", "|---|---|---|",
              *(f"| {c['name']} | {c['value'] or 'not measured'} | {MET[c['met']]} |" for c in found["criteria"])]
     for table in found["confusion"]:
@@ -36,7 +37,7 @@ def page(stored: Mapping[str, Any], pictures: tuple[str, ...] = ()) -> str:
                       "|---" * (len(REGIMES) + 1) + "|",
                       *(f"| {truth} | " + " | ".join(str(n or "") for n in counts) + " |"
                         for truth, counts in zip(table["truth"], table["counts"], strict=True))]
-    lines += ["", "*changing*: " + CONTROLS["changing"] + "; *never the same*: " + CONTROLS["never the same"]
+    lines += ["", "*never the same*: " + CONTROLS["never the same"]
               + "; *settled*: " + CONTROLS["settled"] + "; *idle*: " + CONTROLS["idle"] + "; *nothing*: "
               + CONTROLS["nothing"] + ".", "",
               "## By kind of control", "", "| kind | calls | right | wrong | undecided |", "|---|---|---|---|---|",
@@ -47,6 +48,7 @@ def page(stored: Mapping[str, Any], pictures: tuple[str, ...] = ()) -> str:
                   "| setting | mean τ | bits right | called | letters |", "|---|---|---|---|---|",
                   *(f"| {p['dial']:g} | {_told(p['tau'])} | {_told(p['accuracy'])} | {p['called']} | "
                     f"{', '.join(p['letters'])} |" for p in dial["points"])]
+    lines += ["", "## What was changed after a look at results", "", *(f"- {change}" for change in CHANGED)]
     lines += ["", "Figures: [live](report.html).", *(f"\n![{name}]({name}.svg)" for name in pictures)]
     return "\n".join(lines) + "\n"
 

@@ -8,8 +8,8 @@ model, to every digit; a test of shared weights calls it iterating.
     made(tokens)                                              # equals deep_twin(tokens) up to rounding
     stage_test(made, noised, targets=tokens)                  # equals stage_test(deep_twin, …, layers_per_loop=2)
 
-The dial ``leak`` opens all groups a little at every loop: at 0 the loops have nothing in common, at 1 they are one
-operation, the mean of all (which does not solve the task any more).
+The dial ``leak`` opens all groups a little at every loop: at 0 no two loops run the same weights, at 1 all run one map,
+the mean of all. That map does not solve the task any more, and nothing forces its loops to be exchangeable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import HookedLoopMDM
-from hooks.model.layers import Attention, NormLayer
 from studies.questions.controls.switched import Switched, own_gate, rewired
 
 
@@ -31,6 +30,18 @@ class GatedLoopMDM(HookedLoopMDM):
     def loop_input(self, x: Float[Tensor, "batch pos d_model"], k: int, injected: Float[Tensor, "batch pos d_model"], *,
                    index: int) -> Float[Tensor, "batch pos d_model"]:
         return super().loop_input(x, k, injected if index == 0 else torch.zeros_like(injected), index=index)
+
+
+class Scaled(nn.Module):
+    """A group of heads or neurons with the scale of the norm that it reads through."""
+
+    def __init__(self, scale: Float[Tensor, "d_model"], part: nn.Module):
+        super().__init__()
+        self.scale, self.part = nn.Parameter(scale.detach().clone()), part
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], *rest: object) -> Float[Tensor, "batch pos d_model"]:
+        made: Tensor = self.part(x * self.scale, *rest)
+        return made
 
 
 @torch.no_grad()
@@ -70,18 +81,8 @@ def gated_copy(deep_twin: HookedLoopMDM, layers_per_loop: int = 2, *, leak: floa
         block = made.blocks[start + layer]
         originals = [deep_twin.blocks[start + k * layers_per_loop + layer] for k in range(n_loops)]
         for part, norm in (("attn", "ln1"), ("mlp", "ln2")):
-            groups = [_scaled(rewired(getattr(original, part), getattr(block, part)), getattr(original, norm))
+            groups = [Scaled(getattr(original, norm).weight, rewired(getattr(original, part), getattr(block, part)))
                       for original in originals]
             setattr(block, part, Switched(groups, gate, made.clock))
             getattr(block, norm).weight.fill_(1.0)
     return made
-
-
-def _scaled(part: nn.Module, norm: NormLayer) -> nn.Module:
-    """The part with the scale of the norm before it written into its first weights."""
-    first = part.qkv if isinstance(part, Attention) else part.up
-    assert isinstance(first, nn.Linear)
-    first.weight.mul_(norm.weight)
-    return part
-
-
