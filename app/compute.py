@@ -26,7 +26,7 @@ from hooks.recording import Recording
 from hooks.reducers import ChangeFromPrevious
 from hooks.sites import split
 from probes.attention import attention_summary, patterns
-from probes.geometry import classify_tokens, dynamics, fixed_point, trajectory_pca
+from probes.geometry import classify_tokens, contraction, dynamics, fixed_point, trajectory_pca
 from probes.lenses import LensKind, read_lens
 from probes.linear import probe_latent
 from probes.measurement import depth_coords, measurement
@@ -81,11 +81,13 @@ def movement(checkpoint: Checkpoint, noised: Rows, n_loops: int, t: float, unit:
 
 @st.cache_data(max_entries=32, show_spinner="Looping until the states settle …")
 def token_classes(checkpoint: Checkpoint, noised: Rows, t: float, n_loops: int = 32) -> xr.Dataset:
-    """Converged, cyclic or drifting, judged over more loops than are shown elsewhere."""
+    """Settled (state, or direction only), cyclic or drifting, judged over more loops than are shown elsewhere; and
+    `contraction` of the direction's distance to that of the state after many loops, over the same loops."""
     model, tokens = _ready(checkpoint, noised)
     _, rec = model.run_with_cache(tokens, n_loops, names_filter="blocks.*.hook_resid_post", t=t)
-    return classify_tokens(rec.residual_stream(), model.config.topology(n_loops),
-                           fixed_point=_settled(checkpoint, noised, t))
+    residual, topology, target = rec.residual_stream(), model.config.topology(n_loops), _settled(checkpoint, noised, t)
+    moves = dynamics(residual / _norm(residual), topology, fixed_point=target / _norm(target))
+    return classify_tokens(residual, topology, fixed_point=target).merge(contraction(moves.distance_to_fixed_point))
 
 
 @st.cache_data(max_entries=32, show_spinner=False)

@@ -26,7 +26,7 @@ from hooks import SiteError, Topology
 from hooks.contract import Inputs, Levels, LoopedModel, Unavailable
 from hooks.recording import Recording
 from probes.batching import select_examples
-from probes.measurement import depth_coords, measurement
+from probes.measurement import check_finite, depth_coords, measurement
 
 ROLES = {True: ("masked", "visible"), False: ("scored", "unscored")}
 """The two roles of positions, of a model with a mask token and of one without."""
@@ -167,7 +167,8 @@ def pattern_distance(model: LoopedModel, inputs: Inputs, *, n_loops: int | None 
 
 
 def pattern_at(rec: Recording, site: str) -> Float[Tensor, "batch head query key"]:
-    """The attention pattern in a recording. Raises `hooks.Unavailable` if something else is recorded there."""
+    """The attention pattern in a recording. Raises `hooks.Unavailable` if something else is recorded there, and
+    ValueError if it is not finite."""
     return _checked(rec[site], site)
 
 
@@ -246,4 +247,5 @@ def _checked(pattern: Tensor, site: str) -> Tensor:
     if pattern.ndim != 4:
         raise Unavailable(f"{site} holds {list(pattern.shape)} and no attention pattern [batch, head, query, key]: "
                           "name its site when you adopt the model, attention='attn.hook_out.1'.")
+    check_finite(pattern, f"the attention pattern at {site}")
     return pattern

@@ -39,7 +39,7 @@ from torch import Tensor
 from hooks.contract import Context, Inputs, Levels, LoopedModel
 from probes.calibration import calibrated
 from probes.cycles import Cycle, Maps
-from probes.measurement import measurement
+from probes.measurement import check_finite, measurement
 
 ClockKind = Literal["role", "position"]
 """Positions of one role share a clock, or each position of each role has its own."""
@@ -272,7 +272,9 @@ def checked_scored(model: LoopedModel, inputs: Inputs, run: Trajectory, scored: 
                    ) -> Bool[Tensor, "batch answer"]:
     """The positions whose answers count; answers may have other positions than states (12 bits in one vector)."""
     where = (model.scored(inputs) if scored is None else scored).bool()
-    answers = run.go_on(run.n_places, run.states[-1], torch.arange(run.n_examples)).shape[:2]
+    answered = run.go_on(run.n_places, run.states[-1], torch.arange(run.n_examples))
+    check_finite(answered, "the model's answer", ruled_out=True)
+    answers = answered.shape[:2]
     if where.shape != answers:
         raise ValueError(f"scored has shape {tuple(where.shape)}, the model's answers have [batch, pos] = "
                          f"{tuple(answers)}: give a mask of that shape, scored=….")

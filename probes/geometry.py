@@ -6,7 +6,7 @@ to where the loop would end, and the classes and dimensions that follow from the
 
     _, rec = model.run_with_cache(noised, n_loops=8, names_filter="blocks.*.hook_resid_post")
     moves = dynamics(rec.residual_stream(), rec.topology, fixed_point=fixed_point(model, noised))
-    contraction(moves.distance_to_fixed_point)                          # (layer, batch, pos), per loop
+    contraction(moves.distance_to_fixed_point)                          # exponential or power law, and how well it fits
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Shaped
 
 from hooks import Topology
 from hooks.contract import Inputs, Levels, LoopedModel
-from probes.measurement import measurement
+from probes.measurement import check_finite, measurement
 
 LOOP_STEPS = "arXiv 2509.23314"
 FIXED_POINTS = "arXiv 2604.11791"
@@ -28,7 +28,15 @@ FIXED_POINTS = "arXiv 2604.11791"
 DISTANCE_FLOOR = 1e-5
 """Relative distances below this are float32 rounding, and tell nothing about contraction."""
 
-TOKEN_CLASSES = ("drifting", "cyclic", "converged")
+LAWS = ("undefined", "constant", "exponential", "power")
+"""What a distance over loops may follow, in the order of `contraction`'s ``law``."""
+
+TOKEN_CLASSES = ("drifting", "cyclic", "direction_settled", "state_settled")
+
+STEADY_FIT = 0.99
+"""R² from which on the norm is said to grow by the same amount in every loop."""
+STEADY_SHARE = 0.05
+"""Growth over the loops looked at, as a share of the last norm, below which it is no growth."""
 
 _DYNAMICS: dict[str, tuple[str, str, str]] = {
     "step_norm": ("step size", "‖Δ_k‖ with Δ_k = X_k − X_(k−1) at the same layer", LOOP_STEPS),
@@ -47,8 +55,10 @@ def dynamics(residual: xr.DataArray, topology: Topology, *, fixed_point: xr.Data
     ``residual`` is `Recording.residual_stream()`: depth × batch × pos × d_model. ``step_norm`` (in units of the
     residual stream) and ``step_relative`` start at loop 1, ``step_cosine``, ``step_cosine_unit`` (the same for
     unit-norm states: a turn that comes from growing norms alone disappears there) and ``acceleration`` at loop 2;
-    before, they are NaN. With ``fixed_point`` [layer, batch, pos, d_model], also ``distance_to_fixed_point``.
-    Sources: 2509.23314 (steps), 2604.11791 (fixed point). Raises ValueError if the shapes do not belong together.
+    before, they are NaN, and so are cosines with a step that was not taken (the state stood still) and ratios to a
+    state of norm 0. With ``fixed_point`` [layer, batch, pos, d_model], also ``distance_to_fixed_point``.
+    Sources: 2509.23314 (steps), 2604.11791 (fixed point). Raises ValueError if the shapes do not belong together, or
+    states are not finite.
     """
     x = _cycle(residual, topology)
     step = np.diff(x, axis=0)
@@ -58,7 +68,8 @@ def dynamics(residual: xr.DataArray, topology: Topology, *, fixed_point: xr.Data
               "acceleration": _norm(np.diff(step, axis=0))}
     if fixed_point is not None:
         target = _matching(fixed_point, x, topology)
-        values["distance_to_fixed_point"] = _ratio(_norm(x - target), _norm(target))
+        apart = _norm(x - target)
+        values["distance_to_fixed_point"] = np.where(apart > 0, _ratio(apart, _norm(target)), 0.0)
     coords = _cycle_coords(residual, topology)
     return xr.Dataset({
         name: measurement(_from_loop(value, topology.n_loops), ("loop", "layer", "batch", "pos"), units="1",
@@ -72,7 +83,8 @@ def fixed_point(model: LoopedModel, inputs: Inputs, *, n_loops: int = 128, t: Le
     """X*: the state after each looped layer once ``n_loops`` loops have run, layer × batch × pos × d_model.
 
     Whether it is a fixed point at all is for the reader to see: the coordinate ``last_step`` [layer, batch, pos]
-    is ‖X_k − X_(k−1)‖ / ‖X_(k−1)‖ at the last loop. Source: 2604.11791. Raises ValueError for fewer than 2 loops.
+    is ‖X_k − X_(k−1)‖ / ‖X_(k−1)‖ at the last loop. Source: 2604.11791. Raises ValueError for fewer than 2 loops,
+    and for states that are not finite.
     """
     if n_loops < 2:
         raise ValueError(f"n_loops must be at least 2 to see whether the state still moves, not {n_loops}.")
@@ -80,50 +92,109 @@ def fixed_point(model: LoopedModel, inputs: Inputs, *, n_loops: int = 128, t: Le
     sites = [[model.site(depth, n_loops=n_loops) for depth in loop] for loop in topology.loop_depths()[-2:]]
     _, rec = model.run_with_cache(inputs, n_loops, t=t, names_filter=[site for loop in sites for site in loop])
     before, last = (torch.stack([rec[site] for site in loop]).float() for loop in sites)
-    last_step = ((last - before).norm(dim=-1) / before.norm(dim=-1)).cpu().numpy()
+    check_finite(last, f"the state after {n_loops} loops")
+    moved = (last - before).norm(dim=-1)
+    last_step = torch.where(moved > 0, moved / before.norm(dim=-1).clamp_min(1e-30), 0.0).cpu().numpy()
     return measurement(last, ("layer", "batch", "pos", "d_model"), long_name="fixed point of the residual stream",
                        units="1", definition=f"X* = X after {n_loops} loops", source=FIXED_POINTS,
                        coords={"layer": topology.n_head + np.arange(topology.n_mid),
                                "last_step": (("layer", "batch", "pos"), last_step)})
 
 
-def contraction(distance: xr.DataArray, *, floor: float = DISTANCE_FLOOR) -> xr.DataArray:
-    """Slope of log distance against loop, by least squares; the contraction factor per loop is its exp.
+def contraction(distance: xr.DataArray, *, floor: float = DISTANCE_FLOOR) -> xr.Dataset:
+    """How a distance falls over loops: exponentially, by a power law, or not at all; the better fit and its R².
 
-    ``distance`` has a ``loop`` axis, which goes; negative slopes approach the fixed point. Loops at which the
-    distance is not above ``floor`` are left out, and where fewer than 3 remain the slope is NaN. Source: 2604.11791.
+    ``distance`` has a ``loop`` axis (0, 1, … where it has no coordinate), which goes. Two straight lines are fitted to
+    log distance by least squares: ``exponential`` is the slope against loop k (exp of it is the contraction factor per
+    loop) and ``power`` that against log(k + 1) (the exponent: −1 is what a state that grows by the same vector in every
+    loop does, whose direction settles although nothing contracts). ``exponential_r2`` and ``power_r2`` are their R².
+
+    ``law`` holds an index of `LAWS`: the law of the larger R², given in ``r2``; *constant* where the distance does
+    not change (slopes 0, R² 1); *undefined* where fewer than 3 loops have a distance above ``floor`` (slopes and R²
+    NaN: the state had arrived, or there were too few loops). A factor means something only where ``law`` is
+    exponential. Source: 2604.11791 (the factor); the comparison of laws is ours.
     """
     y = distance.transpose("loop", ...)
-    k = y["loop"].to_numpy().astype(float).reshape(-1, *(1,) * (y.ndim - 1))  # 0, 1, … if it has no coordinate
+    k = y["loop"].to_numpy().astype(float).reshape(-1, *(1,) * (y.ndim - 1))
     values = y.to_numpy().astype(float)
     used = values > floor  # False for NaN
     log = np.log(np.where(used, values, 1.0))
-    n = used.sum(0)
-    enough = n >= 3
-    count = np.where(enough, n, 1)
-    k_off = np.where(used, k - (k * used).sum(0) / count, 0.0)
-    spread = (k_off ** 2).sum(0)
-    slope = np.where(enough, (k_off * log).sum(0) / np.where(enough, spread, 1.0), np.nan)
-    dims = y.dims[1:]
-    return measurement(slope, [str(d) for d in dims], long_name="contraction (slope of log distance)", units="1",
-                       definition="least-squares slope of log ‖X_k − X*‖/‖X*‖ against loop k, where it is above "
-                                  f"{floor:g}; exp of it is the factor per loop", source=FIXED_POINTS,
-                       coords={name: c for name, c in y.coords.items() if set(c.dims) <= set(dims)})
+    exponential, power = (_line(x, log, used) for x in (k, np.log(k + 1)))
+    enough = used.sum(0) >= 3
+    still = enough & (exponential[2] <= CONSTANT)
+    law = np.select([~enough, still, exponential[1] >= power[1]], [0, 1, 2], 3)
+    dims = [str(d) for d in y.dims[1:]]
+    shared: dict[str, Any] = {"units": "1", "source": FIXED_POINTS + "; comparison of laws ours",
+                              "coords": {name: c for name, c in y.coords.items() if set(c.dims) <= set(dims)}}
+    slope = "least-squares slope of log ‖X_k − X*‖/‖X*‖ against {}, at loops k where it is above " + f"{floor:g}"
+    variables = {"law": measurement(law, dims, long_name="law of the distance over loops",
+                                    definition="the law of larger R²: " + ", ".join(LAWS), **shared)}
+    variables["law"].attrs |= {"flag_values": list(range(len(LAWS))), "flag_meanings": " ".join(LAWS)}
+    for name, against, (found, r2, _) in (("exponential", "loop k", exponential), ("power", "log(k + 1)", power)):
+        variables[name] = measurement(np.where(still, 0.0, found), dims, long_name=f"slope ({name} law)",
+                                      definition=slope.format(against), **shared)
+        variables[f"{name}_r2"] = measurement(np.where(still, 1.0, r2), dims, long_name=f"R² ({name} law)",
+                                              definition="1 − squared residuals / squared deviations from the mean, of "
+                                                         "log distance", **shared)
+    variables["r2"] = measurement(np.where(law == 3, variables["power_r2"], variables["exponential_r2"]), dims,
+                                  long_name="R² of the better law", definition="R² of the law that `law` names",
+                                  **shared)
+    return xr.Dataset(variables)
+
+
+CONSTANT = 1e-10
+"""Mean squared deviation of log distance (or relative one of a norm) below which nothing changes but by rounding."""
+
+
+def growth(norm: xr.DataArray) -> xr.Dataset:
+    """Does the state grow by the same amount in every loop? Fitted over the later half of the loops, at least 3.
+
+    ``norm`` is ‖X_k‖ over a ``loop`` axis, which goes. ``per_loop`` is the slope against the loop [units of the
+    residual stream per loop], ``r2`` its fit (1 where the norm does not change), and ``steady`` says that R² is at
+    least `STEADY_FIT` and the growth over these loops at least `STEADY_SHARE` of the last norm: there is **no fixed
+    point** as far as the loops go, and only the direction can settle. Ours. Raises ValueError for fewer than 3 loops.
+    """
+    y = norm.transpose("loop", ...)
+    if len(y) < 3:
+        raise ValueError(f"growth is judged over at least 3 loops, there are {len(y)}.")
+    values = y.to_numpy().astype(float)[min(len(y) // 2, len(y) - 3):]
+    k = np.arange(len(values), dtype=float).reshape(-1, *(1,) * (values.ndim - 1))
+    size = np.maximum(np.abs(values).max(0), 1e-30)
+    slope, r2, deviation = _line(k, values / size, np.ones(values.shape, dtype=bool))
+    still = deviation <= CONSTANT
+    slope, r2 = np.where(still, 0.0, slope * size), np.where(still, 1.0, r2)
+    steady = (r2 >= STEADY_FIT) & (slope * (len(values) - 1) >= STEADY_SHARE * values[-1]) & (slope > 0)
+    dims = [str(d) for d in y.dims[1:]]
+    over = f"over the last {len(values)} loops"
+    shared: dict[str, Any] = {"source": "ours", "coords": {
+        name: c for name, c in y.coords.items() if set(c.dims) <= set(dims)}}
+    return xr.Dataset({
+        "per_loop": measurement(slope, dims, long_name="growth of the state per loop", units="1",
+                                definition=f"least-squares slope of ‖X_k‖ against k, {over}", **shared),
+        "r2": measurement(r2, dims, long_name="R² of steady growth", units="1",
+                          definition=f"R² of ‖X_k‖ against k, {over}", **shared),
+        "steady": measurement(steady, dims, long_name="the state grows by the same amount in every loop", units="1",
+                              definition=f"R² ≥ {STEADY_FIT} and growth {over} ≥ {STEADY_SHARE:.0%} of the last norm",
+                              **shared)})
 
 
 def classify_tokens(residual: xr.DataArray, topology: Topology, *, fixed_point: xr.DataArray | None = None,
                     threshold: float = 0.99, window: int = 3, max_period: int = 4) -> xr.Dataset:
-    """Does each token's state, at each looped layer, converge, cycle or drift? Over (layer, batch, pos).
+    """Does each token's state, at each looped layer, settle, cycle or drift? Over (layer, batch, pos).
 
-    - *converged*: cos(X_k, X*) ≥ ``threshold`` at each of the last ``window`` loops;
-    - *cyclic*: not converged, and for a period p in 2..``max_period`` cos(X_k, X_(k−p)) is at least ``threshold``
+    - *direction settled*: cos(X_k, X*) ≥ ``threshold`` at each of the last ``window`` loops. Layers read directions,
+      but this is no fixed point: a state that grows by the same vector in every loop has a settled direction;
+    - *state settled*: the direction is settled, ‖X_k − X*‖ / ‖X*‖ ≤ √(2 − 2 ``threshold``) there too (the same
+      distance, with the length), and the state does not grow steadily (`growth`);
+    - *cyclic*: not settled, and for a period p in 2..``max_period`` cos(X_k, X_(k−p)) is at least ``threshold``
       and above cos(X_k, X_(k−1)) (a slow drift is nearest to the loop before) at each of the last ``window`` loops;
-      ``period`` holds the smallest such p (1 if converged, 0 if drifting);
-    - *drifting*: neither.
+      ``period`` holds the smallest such p (1 if settled, 0 if drifting);
+    - *drifting*: none of these.
 
-    X* is ``fixed_point``, or else the last recorded loop, with the window just before it. ``token_class`` holds
-    0, 1, 2 for drifting, cyclic, converged (attributes flag_values, flag_meanings). After 2604.11791, with the
-    thresholds stated here. Raises ValueError if there are too few loops: max(window + 1, window + max_period).
+    X* is ``fixed_point``, or else the last recorded loop, with the window just before it. ``token_class`` holds an
+    index of `TOKEN_CLASSES` (attributes flag_values, flag_meanings); ``growth`` [per loop], ``growth_r2`` and
+    ``grows_steadily`` are those of `growth`. After 2604.11791, with the thresholds stated here. Raises ValueError
+    if there are too few loops, max(window + 1, window + max_period), or states are not finite.
     """
     needed = window + max(1, max_period)
     if topology.n_loops < needed:
@@ -131,25 +202,35 @@ def classify_tokens(residual: xr.DataArray, topology: Topology, *, fixed_point: 
                          f"{needed} loops, this one has {topology.n_loops}: record more, or lower them.")
     x = _cycle(residual, topology)
     if fixed_point is not None:
-        near = _cosine(x[-window:], _matching(fixed_point, x, topology)[None])
+        seen, target = x[-window:], _matching(fixed_point, x, topology)[None]
     else:
-        near = _cosine(x[-window - 1:-1], x[-1:])
-    period = np.where((near >= threshold).all(0), 1, 0)
-    before = _cosine(x[-window:], x[-window - 1:-1])
+        seen, target = x[-window - 1:-1], x[-1:]
+    direction = (_likeness(seen, target) >= threshold).all(0)
+    apart, size = _norm(seen - target), _norm(target)
+    grown = growth(xr.DataArray(_norm(x), dims=("loop", "layer", "batch", "pos")))
+    steady = grown.steady.to_numpy()
+    rest = direction & (apart <= (2 - 2 * threshold) ** 0.5 * size + 1e-12).all(0) & ~steady
+    period = np.where(direction, 1, 0)
+    before = _likeness(x[-window:], x[-window - 1:-1])
     for p in range(2, max_period + 1):
-        back = _cosine(x[-window:], x[-window - p:len(x) - p])
+        back = _likeness(x[-window:], x[-window - p:len(x) - p])
         period = np.where((period == 0) & ((back >= threshold) & (back > before)).all(0), p, period)
-    token_class = np.select([period == 1, period > 1], [2, 1], 0)
+    token_class = np.select([rest, direction, period > 1], [3, 2, 1], 0)
     coords = {name: c for name, c in _cycle_coords(residual, topology).items() if name != "loop"}
-    rule = (f"converged: cos(X_k, X*) ≥ {threshold} in the last {window} loops; cyclic: cos(X_k, X_(k−p)) ≥ "
-            f"{threshold} and above cos(X_k, X_(k−1)) there for a p in 2..{max_period}; drifting: neither")
+    rule = (f"direction settled: cos(X_k, X*) ≥ {threshold} in the last {window} loops; state settled: moreover "
+            f"‖X_k − X*‖ ≤ {(2 - 2 * threshold) ** 0.5:.2g} ‖X*‖ there, and no steady growth; cyclic: "
+            f"cos(X_k, X_(k−p)) ≥ {threshold} and above cos(X_k, X_(k−1)) there for a p in 2..{max_period}; drifting: "
+            "none of these")
     shared: dict[str, Any] = {"units": "1", "definition": rule, "source": FIXED_POINTS + "; thresholds ours",
                               "coords": coords}
     dims = ("layer", "batch", "pos")
-    classes = measurement(token_class, dims, long_name="fixed-point class of a token", **shared)
-    classes.attrs |= {"flag_values": [0, 1, 2], "flag_meanings": " ".join(TOKEN_CLASSES)}
-    return xr.Dataset({"token_class": classes,
-                       "period": measurement(period, dims, long_name="period of a token's state [loop]", **shared)})
+    classes = measurement(token_class, dims, long_name="class of a token's state over loops", **shared)
+    classes.attrs |= {"flag_values": list(range(len(TOKEN_CLASSES))), "flag_meanings": " ".join(TOKEN_CLASSES)}
+    variables = {"token_class": classes,
+                 "period": measurement(period, dims, long_name="period of a token's state [loop]", **shared)}
+    for name, of in (("growth", "per_loop"), ("growth_r2", "r2"), ("grows_steadily", "steady")):
+        variables[name] = grown[of].assign_coords(coords)
+    return xr.Dataset(variables)
 
 
 def trajectory_pca(residual: xr.DataArray, n_components: int = 3) -> xr.Dataset:
@@ -157,13 +238,17 @@ def trajectory_pca(residual: xr.DataArray, n_components: int = 3) -> xr.Dataset:
 
     ``coordinates`` (depth, batch, pos, component), ``explained_variance`` and ``explained_variance_ratio``
     (component), ``components`` (component, d_model; the loading of largest size is positive) and ``mean``
-    (d_model). Equals scikit-learn's PCA on the flattened states. Raises ValueError for more components than d_model.
+    (d_model). Equals scikit-learn's PCA on the flattened states. Constant states have no variance,
+    and ratios of 0. Raises ValueError for more components than d_model, one state only, or states that are not finite.
     """
     ordered = residual.transpose("depth", "batch", "pos", "d_model")
     x = ordered.to_numpy().astype(np.float64)
     flat = x.reshape(-1, x.shape[-1])
     if not 1 <= n_components <= min(flat.shape):
         raise ValueError(f"n_components must be between 1 and {min(flat.shape)} here, not {n_components}.")
+    if len(flat) < 2:
+        raise ValueError("principal components need at least two states, there is 1.")
+    check_finite(flat, "the residual stream")
     mean = flat.mean(0)
     centred = flat - mean
     variance, vectors = np.linalg.eigh(centred.T @ centred / (len(flat) - 1))  # ascending; d_model² however many states
@@ -180,7 +265,7 @@ def trajectory_pca(residual: xr.DataArray, n_components: int = 3) -> xr.Dataset:
                                    source=source, coords={**states, **coords}),
         "explained_variance": measurement(variance[:n_components], ("component",), long_name="explained variance",
                                           definition="variance of the coordinates", **shared),
-        "explained_variance_ratio": measurement(variance[:n_components] / variance.sum(), ("component",),
+        "explained_variance_ratio": measurement(variance[:n_components] / max(variance.sum(), 1e-300), ("component",),
                                                 long_name="share of variance explained",
                                                 definition="variance of the coordinates / total variance", **shared),
         "components": measurement(components, ("component", "d_model"), long_name="principal direction",
@@ -192,10 +277,11 @@ def trajectory_pca(residual: xr.DataArray, n_components: int = 3) -> xr.Dataset:
 def effective_rank(x: xr.DataArray, *, over: tuple[str, ...] = ("batch", "pos")) -> xr.DataArray:
     """exp of the entropy of σ_i / Σσ, σ the singular values of the [over, d_model] matrix; between 1 and d_model.
 
-    The other axes of ``x`` (depth, say) remain. Not centred. Source: Roy & Vetterli 2007.
+    The other axes of ``x`` (depth, say) remain. Not centred; 0 where all states are 0. Raises ValueError for states
+    that are not finite. Source: Roy & Vetterli 2007.
     """
     sigma = np.sqrt(_squared_singular_values(x, over))
-    return _of_spectrum(x, over, np.exp(_entropy(sigma)), long_name="effective rank",
+    return _of_spectrum(x, over, np.where(sigma.any(-1), np.exp(_entropy(sigma)), 0.0), long_name="effective rank",
                         units="1", definition="exp of −Σ p log p with p_i = σ_i / Σσ, singular values of the states",
                         source="Roy & Vetterli 2007")
 
@@ -203,7 +289,7 @@ def effective_rank(x: xr.DataArray, *, over: tuple[str, ...] = ("batch", "pos"))
 def matrix_entropy(x: xr.DataArray, *, over: tuple[str, ...] = ("batch", "pos")) -> xr.DataArray:
     """−Σ p_i log p_i [nat] with p_i = σ_i² / Σσ², of the [over, d_model] matrix of states; the other axes remain.
 
-    Not centred. Source: 2510.06477.
+    Not centred; 0 where all states are 0. Raises ValueError for states that are not finite. Source: 2510.06477.
     """
     return _of_spectrum(x, over, _entropy(_squared_singular_values(x, over)), long_name="matrix entropy", units="nat",
                         definition="−Σ p log p with p_i = σ_i² / Σσ², singular values of the states",
@@ -219,6 +305,7 @@ def _cycle(residual: xr.DataArray, topology: Topology) -> Shaped[np.ndarray, "lo
                          f"{topology.depth}: take both from the same recording (rec.residual_stream(), rec.topology).")
     x = residual.transpose("depth", "batch", "pos", "d_model").to_numpy()
     x = x[topology.n_head:topology.n_head + topology.n_loops * topology.n_mid]
+    check_finite(x, "the residual stream")
     return x.reshape(topology.n_loops, topology.n_mid, *x.shape[1:])
 
 
@@ -232,6 +319,7 @@ def _matching(fixed_point: xr.DataArray, x: np.ndarray, topology: Topology) -> n
     if target.shape != x.shape[1:]:
         raise ValueError(f"the fixed point has shape {target.shape}, the looped layers' states {x.shape[1:]}: "
                          f"compute it for the same examples and the {topology.n_mid} looped layers.")
+    check_finite(target, "the fixed point")
     return target
 
 
@@ -255,16 +343,35 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return _ratio(np.einsum("...d,...d->...", a, b), _norm(a) * _norm(b))
 
 
+def _likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine; 1 for two states of norm 0, and 0 for one of them beside another state."""
+    return np.nan_to_num(_cosine(a, b), nan=0.0) + ((_norm(a) == 0) & (_norm(b) == 0))
+
+
+def _line(x: Shaped[np.ndarray, "loop *ones"], y: Shaped[np.ndarray, "loop *rest"],
+          used: Shaped[np.ndarray, "loop *rest"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slope, R² and mean squared deviation of y, each [*rest], of a line through the used points; NaN for under 3."""
+    n = used.sum(0)
+    enough, count = n >= 3, np.maximum(n, 1)
+    x_off = np.where(used, x - (x * used).sum(0) / count, 0.0)
+    y_off = np.where(used, y - (y * used).sum(0) / count, 0.0)
+    spread, total = (x_off ** 2).sum(0), (y_off ** 2).sum(0)
+    slope = (x_off * y_off).sum(0) / np.where(enough, spread, 1.0)
+    r2 = 1 - ((y_off - slope * x_off) ** 2).sum(0) / np.where(total > 0, total, 1.0)
+    return np.where(enough, slope, np.nan), np.where(enough, r2, np.nan), total / count
+
+
 def _squared_singular_values(x: xr.DataArray, over: tuple[str, ...]) -> np.ndarray:
     """[..., d_model], from the d_model × d_model Gram matrix in float64: its size does not grow with examples."""
     kept = [d for d in x.dims if d not in over and d != "d_model"]
     values = x.transpose(*kept, *over, "d_model").to_numpy().astype(np.float64)
+    check_finite(values, "the states")
     values = values.reshape(*(x.sizes[d] for d in kept), -1, x.sizes["d_model"])
     return np.linalg.eigvalsh(np.swapaxes(values, -1, -2) @ values).clip(min=0)
 
 
 def _entropy(weights: np.ndarray) -> np.ndarray:
-    p = weights / weights.sum(-1, keepdims=True)
+    p = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
 
 

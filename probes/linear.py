@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.contract import Inputs, Levels, LoopedModel
-from probes.measurement import depth_coords, measurement
+from probes.measurement import check_finite, depth_coords, measurement
 
 RIDGE = "ridge regression on one-vs-rest targets ±1 with an intercept; the class of the largest score is predicted"
 
@@ -41,7 +41,10 @@ def ridge_probes(features: Float[Tensor, "site example d_model"], labels: Int[Te
     ``alpha``, predictions are those of RidgeClassifier(alpha). Examples labelled −1 are predicted, but neither
     trained on nor scored. Solved in float64.
 
-    Raises ValueError for labels beyond ``n_classes``, a ridge not above 0, or a side of the split with no example.
+    Features that are the same in all examples are probed, too: the training labels' commonest class is predicted.
+
+    Raises ValueError for labels beyond ``n_classes``, a ridge not above 0, a side of the split with no example, or
+    features that are not finite.
     """
     if features.ndim != 3 or labels.shape != features.shape[1:2] or train.shape != labels.shape:
         raise ValueError("features are [site, example, d_model], labels and train [example]; not "
@@ -91,7 +94,8 @@ def probe_latent(model: LoopedModel, inputs: Inputs, labels: Int[Tensor, "batch 
     each other; an accuracy of exactly 1 has an interval of no width. ``n_test`` (group) counts labelled positions
     held out. Features are scaled to unit mean square per site, so that ``ridge`` weighs the same at each depth.
 
-    Raises SiteError for a hook that blocks do not have, ValueError for shapes that do not fit or an empty group.
+    Raises SiteError for a hook that blocks do not have, ValueError for shapes that do not fit, an empty group, fewer
+    examples than both sides of the split need, or states that are not finite.
     """
     if labels.ndim != 2 or len(labels) != model.batch_size(inputs) or groups.shape != labels.shape[1:]:
         raise ValueError(f"labels must be [batch, pos] with {model.batch_size(inputs)} examples and groups [pos], not "
@@ -187,6 +191,7 @@ def _predict(features: Float[Tensor, "site example d_model"], labels: Int[Tensor
     if not train.any():
         raise ValueError("no labelled example is in the training set.")
     x = features.double()
+    check_finite(x, "features")
     mean = x[:, train].mean(1, keepdim=True)
     fitted = x[:, train] - mean
     wanted = 2.0 * (labels[train][..., None] == torch.arange(n_classes, device=labels.device)).double() - 1

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -26,6 +27,20 @@ def measurement(values: Tensor | np.ndarray | Sequence[Any], dims: Sequence[str]
         values = values.detach().cpu().float().numpy() if values.is_floating_point() else values.detach().cpu().numpy()
     return xr.DataArray(np.asarray(values), dims=tuple(dims), coords=dict(coords or {}),
                         attrs={"long_name": long_name, "units": units, "definition": definition, "source": source})
+
+
+def check_finite(values: Tensor | np.ndarray, what: str, *, ruled_out: bool = False) -> None:
+    """Raise ValueError unless all ``values`` are finite: a measurement of NaN would be NaN, and say nothing of why.
+
+    ``what`` names them in the message. ``ruled_out`` allows −inf: a logit of an answer that is never given.
+    """
+    if isinstance(values, Tensor):
+        fine = bool((torch.isfinite(values) | (torch.isneginf(values) & ruled_out)).all())
+    else:
+        fine = bool((np.isfinite(values) | (np.isneginf(values) & ruled_out)).all())
+    if not fine:
+        raise ValueError(f"{what} holds NaN or infinite values: NaN or infinite weights or inputs, or a loop that "
+                         "blows up. Nothing can be measured there.")
 
 
 def depth_coords(topology: Topology) -> dict[Hashable, Any]:

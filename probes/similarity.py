@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from probes.measurement import measurement
+from probes.measurement import check_finite, measurement
 
 SOURCE = "arXiv 1905.00414; unbiased estimator: arXiv 2010.15327, Song et al. 2012"
 
@@ -28,8 +28,9 @@ def linear_cka(x: Float[Tensor, "example d_x"], y: Float[Tensor, "example d_y"],
     1 for the same geometry up to rotation and scale. With ``unbiased`` HSIC is estimated without bias
     (Song et al. 2012), so that unrelated states score 0 on average and single values may be negative; otherwise
     with the plain estimator, which is above 0 for few examples even then. No example × example matrix is made.
+    0 where the states of one side are the same in all examples: they have no geometry to share.
 
-    Raises ValueError for different numbers of examples, or fewer than 4 (unbiased) or 2.
+    Raises ValueError for different numbers of examples, fewer than 4 (unbiased) or 2, or states that are not finite.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [example, d] with the same examples, not {tuple(x.shape)} and "
@@ -43,7 +44,8 @@ def cka_between_depths(residual: xr.DataArray, other: xr.DataArray | None = None
     """Linear CKA of each two depths, (depth, depth_b), examples being all (batch, pos) together.
 
     ``residual`` is `Recording.residual_stream()`; ``other``, by default the same, may come from another model run on
-    the same tokens. Raises ValueError if the two hold different examples.
+    the same tokens. 0 where the states of a depth are all the same. Raises ValueError if the two hold different
+    examples, there are too few of them, or states are not finite.
     """
     other = residual if other is None else other
     x, y = (r.transpose("depth", "batch", "pos", "d_model").to_numpy() for r in (residual, other))
@@ -55,6 +57,9 @@ def cka_between_depths(residual: xr.DataArray, other: xr.DataArray | None = None
     coords |= {f"{name}_b": ("depth_b", c.to_numpy()) for name, c in other.coords.items() if c.dims == ("depth",)}
     return _described(_cka(x, y, unbiased), ("depth", "depth_b"), unbiased, coords)
 
+
+CONSTANT = 1e-12
+"""Deviations from the mean, relative to the largest value, below which states are the same in all examples."""
 
 # ---------------------------------------------------------------------- private
 
@@ -70,10 +75,15 @@ def _cka(x: Shaped[np.ndarray, "a example d_x"], y: Shaped[np.ndarray, "b exampl
     n = x.shape[1]
     if n < (least := 4 if unbiased else 2):
         raise ValueError(f"CKA needs at least {least} examples, not {n}.")
+    for v in (x, y):
+        check_finite(v, "one set of states")
     # Neither estimator sees a constant offset; without it the differences below lose no digits.
+    sizes = [np.abs(v).max((1, 2)).astype(np.float64) for v in (x, y)]
     x, y = (v.astype(np.float64) - v.mean(1, keepdims=True, dtype=np.float64) for v in (x, y))
+    varies = [np.abs(v).max((1, 2)) > CONSTANT * size for v, size in zip((x, y), sizes, strict=True)]
     own_x, own_y = (np.array([_hsic(one[None], one[None], unbiased)[0, 0] for one in v]) for v in (x, y))
-    return _hsic(x, y, unbiased) / np.sqrt(np.outer(own_x, own_y))
+    defined = np.outer(*varies) & (np.outer(own_x, own_y) > 0)
+    return np.where(defined, _hsic(x, y, unbiased) / np.sqrt(np.where(defined, np.outer(own_x, own_y), 1.0)), 0.0)
 
 
 def _hsic(x: Shaped[np.ndarray, "a example d_x"], y: Shaped[np.ndarray, "b example d_y"],

@@ -41,7 +41,7 @@ from probes.attention import PATTERN_METRIC, pattern_at, pattern_metric
 from probes.batching import in_chunks
 from probes.cycles import Cycle
 from probes.intervals import NotDefinedError
-from probes.measurement import measurement
+from probes.measurement import check_finite, measurement
 
 FEATURES = {
     "update": ("relative size of the layer's update", "‖X_post − X_pre‖ / ‖X_pre‖, mean over masked positions"),
@@ -77,7 +77,8 @@ def signature(model: LoopedModel, inputs: Inputs, targets: Int[Tensor, "example 
 
     Every number is a mean over one example's scored positions, the masked ones of a masked model, or over the others;
     NaN where there are none. ``targets`` hold the answers at scored positions, −1 where there is none.
-    Raises `hooks.Unavailable` where the model does not give one of the places or patterns.
+    Raises `hooks.Unavailable` where the model does not give one of the places or patterns, and ValueError where
+    they are not finite.
     """
     n_loops, depths = cycle.topology.n_loops, [depth for loop in cycle.depths for depth in loop]
     places = [[*(model.site(depth, kind, n_loops=n_loops) for kind in ("resid_pre", "attn_out", "mlp_out",
@@ -103,7 +104,12 @@ def signature(model: LoopedModel, inputs: Inputs, targets: Int[Tensor, "example 
 
 def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], truth: Tensor,
                   scored: Bool[Tensor, "example pos"]) -> Float[Tensor, "example feature"]:
-    before, after = (F.log_softmax(_wide(read(activations[i])), -1) for i in (0, 3))
+    for activation in activations[:4]:
+        check_finite(activation, "an activation of the layer")
+    answers = [_wide(read(activations[i])) for i in (0, 3)]
+    for answer in answers:
+        check_finite(answer, "the answer that a state is read as", ruled_out=True)
+    before, after = (F.log_softmax(answer, -1) for answer in answers)
     pre, attn_out, mlp_out, post, pattern = map(_wide, activations)
     on = scored.float()
 
@@ -116,7 +122,7 @@ def _signature_at(read: Callable[[Tensor], Tensor], activations: list[Tensor], t
     to_masked = (pattern * on[:, None, None]).sum(-1).mean(1)
     gain = (after - before).gather(-1, truth.clamp_min(0)[..., None])[..., 0]
     spectrum = torch.linalg.svdvals(post)
-    spectrum = spectrum / spectrum.sum(-1, keepdim=True)
+    spectrum = spectrum / spectrum.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.stack([
         mean((post - pre).norm(dim=-1) / pre.norm(dim=-1).clamp_min(1e-12), on),
         mean(attention / (attention + mlp).clamp_min(1e-12), on),
@@ -252,7 +258,9 @@ def frozen_attention(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, after:
             pattern = rec[sites[taken]]
             edits.append(patch(sites[place], pattern if matching is None
                                else pattern[:, _matched_heads(matching, place, taken)]))
-        answers.append(model.run_with_hooks(some, n_loops, fwd_hooks=edits, t=some_t).argmax(-1))
+        answer = model.run_with_hooks(some, n_loops, fwd_hooks=edits, t=some_t)
+        check_finite(answer, "the model's answer", ruled_out=True)
+        answers.append(answer.argmax(-1))
     return torch.cat(answers)
 
 

@@ -14,9 +14,10 @@ from plotly.subplots import make_subplots
 
 from app.figures.grids import Look
 from app.figures.style import colourbar, key, ramp, region_ticks, styled
-from studies.palette import AMOUNT, CATEGORIES, FAINT, GREEN, ORANGE, VERMILLION
+from probes.geometry import LAWS
+from studies.palette import AMOUNT, CATEGORIES, FAINT, GREEN, ORANGE, SKY, VERMILLION
 
-CLASS_COLOURS = {"converged": GREEN, "cyclic": ORANGE, "drifting": VERMILLION}
+CLASS_COLOURS = {"state_settled": GREEN, "direction_settled": SKY, "cyclic": ORANGE, "drifting": VERMILLION}
 
 
 def trajectories(pca: xr.Dataset, regions: Int[np.ndarray, "pos"], region_name: str, *, positions: list[int],
@@ -111,22 +112,23 @@ def distance_grid(distance: xr.DataArray, regions: Int[np.ndarray, "pos"], regio
 
 
 def class_grid(classes: xr.DataArray, look: Look) -> go.Figure:
-    """Fixed-point class of every position, one grid per looped layer: classes over (layer, pos), 0, 1, 2."""
-    names = str(classes.attrs["flag_meanings"]).split()
-    colours = [CLASS_COLOURS[name] for name in names]
-    scale = [[edge, colours[i]] for i in range(3) for edge in (i / 3, (i + 1) / 3)]
+    """Fixed-point class of every position, one grid per looped layer: classes over (layer, pos)."""
+    flags = str(classes.attrs["flag_meanings"]).split()
+    colours, n = [CLASS_COLOURS[flag] for flag in flags], len(flags)
+    names = [flag.replace("_", " ") for flag in flags]
+    scale = [[edge, colours[i]] for i in range(n) for edge in (i / n, (i + 1) / n)]
     layers = classes.layer.values
     figure = make_subplots(1, len(layers), subplot_titles=[f"layer {layer}" for layer in layers],
                            horizontal_spacing=0.06)
     for i, layer in enumerate(layers):
         chosen = classes.sel(layer=layer).values
-        figure.add_trace(go.Heatmap(z=look.grid(chosen, np.nan), zmin=-0.5, zmax=2.5, colorscale=scale, showscale=False,
-                                    xgap=1, ygap=1, hoverongaps=False,
+        figure.add_trace(go.Heatmap(z=look.grid(chosen, np.nan), zmin=-0.5, zmax=n - 0.5, colorscale=scale,
+                                    showscale=False, xgap=1, ygap=1, hoverongaps=False,
                                     text=look.grid(np.asarray(names, dtype=object)[chosen], ""),
                                     customdata=look.grid(np.asarray(look.position_names, dtype=object), ""),
                                     hovertemplate="%{customdata}<br>%{text}<extra></extra>"), row=1, col=i + 1)
-    for name in reversed(names):
-        figure.add_trace(key(name, "square", CLASS_COLOURS[name]))
+    for name, colour in zip(reversed(names), reversed(colours), strict=True):
+        figure.add_trace(key(name, "square", colour))
     styled(figure, height=22 * look.shape[0] + 120)
     across, down = look.axis_titles
     figure.update_xaxes(title_text=across, showticklabels=False, showgrid=False, zeroline=False)
@@ -134,6 +136,34 @@ def class_grid(classes: xr.DataArray, look: Look) -> go.Figure:
     figure.update_yaxes(title_text=down, col=1)
     figure.update_layout(margin={"t": 66, "l": 36, "b": 36}, legend={"y": 1, "yref": "container", "yanchor": "top"})
     return figure
+
+
+def settling_words(found: xr.Dataset) -> str:
+    """Do states come to rest, do they grow, and how does the direction settle? ``found`` over (pos), of one layer.
+
+    It holds what `probes.classify_tokens` and `probes.contraction` of the direction's distance say.
+    """
+    n, steady = found.sizes["pos"], found.grows_steadily.values.astype(bool)
+    told = []
+    if steady.any():
+        where = f"all {n} positions" if steady.all() else f"{steady.sum()} of {n} positions"
+        told.append(f"No fixed point at {where}: the state grows by {np.median(found.growth.values[steady]):.3g} per "
+                    "loop (median), so that only its direction can settle.")
+    law = found.law.values
+    for name, slope, what in (("power", "power", "a power law of the loop's number with exponent {:.2f}"),
+                              ("exponential", "exponential", "an exponential, by a factor of {:.2f} per loop")):
+        here = law == LAWS.index(name)
+        if here.any():
+            value = float(np.median(found[slope].values[here]))
+            r2, other = (float(np.median(found[f"{of}_r2"].values[here])) for of in
+                         (name, "exponential" if name == "power" else "power"))
+            told.append(f"At {here.sum()} of {n} positions the direction's distance is fitted best by "
+                        f"{what.format(value if name == 'power' else np.exp(value))} (R² {r2:.3f}; the other law "
+                        f"{other:.3f}; medians).")
+    rest = int((law < LAWS.index("exponential")).sum())
+    if rest:
+        told.append(f"At {rest} of {n} it does not change, or too few loops are above rounding to fit a law.")
+    return " ".join(told)
 
 
 # ---------------------------------------------------------------------- private

@@ -7,7 +7,7 @@ import streamlit as st
 import xarray as xr
 
 from app import compute, selection, show
-from app.figures.dynamics import class_grid, distance_grid, over_loops, trajectories
+from app.figures.dynamics import class_grid, distance_grid, over_loops, settling_words, trajectories
 from app.figures.grids import Look
 from app.selection import Scene
 
@@ -18,7 +18,8 @@ def main() -> None:
     scene = selection.choose()
     st.title("Dynamics: where does the state go?", anchor=False)
     st.markdown("Each position's state after a layer is a point; looping moves it. A state that no longer moves has "
-                "reached a **fixed point**.")
+                "reached a **fixed point**; one that grows by the same vector in every loop has none, although its "
+                "direction settles.")
     config = scene.entry.model.config
     layers = [f"layer {config.n_head_layers + i}" for i in range(config.n_loop_layers)]
     with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
@@ -90,17 +91,18 @@ def _settling(scene: Scene, moves: xr.Dataset, noised: compute.Rows, layer: int 
         show.figure(distance_grid(distance, scene.task.regions().numpy(), scene.task.region_name,
                                   scene.task.position_names()),
                     f"Distance of layer {shown}'s state to where {compute.FIXED_POINT_LOOPS} loops take it, relative "
-                    f"to its size. There the largest remaining step is {last:.1e} of the state's size. "
-                    "A state that has no fixed point, and grows by the same vector in every loop, would still take "
-                    f"steps of {1 / compute.FIXED_POINT_LOOPS:.1e}.",
+                    f"to its size. There the largest remaining step is {last:.1e} of the state's size.",
                     name="distance", title=f"Distance to the state after {compute.FIXED_POINT_LOOPS} loops",
                     table=lambda: show.table_of(distance))
     with right:
-        classes = compute.token_classes(scene.checkpoint, noised, scene.t).token_class.isel(batch=0)
+        found = compute.token_classes(scene.checkpoint, noised, scene.t).isel(batch=0)
+        classes = found.token_class
         show.figure(class_grid(classes, Look.of(scene.task)),
-                    "Does a position's state settle, cycle or drift? Judged at 32 loops: "
-                    f"{classes.attrs['definition']}.", name="classes", title="Converged, cyclic, drifting",
-                    table=lambda: show.table_of(classes.rename("token_class")))
+                    "Does a position's state settle, only its direction, or does it cycle or drift? Judged at 32 "
+                    f"loops: {classes.attrs['definition']}.", name="classes", title="Settled, cyclic, drifting",
+                    table=lambda: show.table_of(found))
+    if words := settling_words(found.sel(layer=shown)):
+        st.info(f"Layer {shown}, 32 loops, all positions. {words}", icon=":material/trending_up:")
 
 
 main()

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks.contract import Inputs, Levels, LoopedModel
-from probes.measurement import depth_coords, measurement
+from probes.measurement import check_finite, depth_coords, measurement
 
 LensKind = Literal["logit", "coda"]
 
@@ -62,7 +62,8 @@ def read_lens(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None,
     the last loop on, and the last looped layer of loop k reads what the model answers with n_loops = k + 1.
     Definitions: logit lens, nostalgebraist 2020; coda lens, 2507.02199.
 
-    Raises ValueError for an unknown lens, a ``top_k`` beyond the vocabulary, or targets that hold the mask.
+    Raises ValueError for an unknown lens, a ``top_k`` beyond the vocabulary, targets that hold the mask, or a model
+    whose states or answers are not finite.
     """
     if kind not in get_args(LensKind):
         raise ValueError(f"kind must be one of {', '.join(get_args(LensKind))}, not {kind!r}.")
@@ -71,6 +72,9 @@ def read_lens(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None,
         targets = model.targets(inputs) if targets is None else targets
         states, logits, context = model.run(inputs, n_loops, t=t)
         topology = context.topology
+        for state in states:
+            check_finite(state, "the residual stream")
+        check_finite(logits, "the model's answer", ruled_out=True)
         _check(model, logits, targets, top_k, final)
         # From here on the lens is the model's own output by definition: nothing is left to compute.
         own = topology.depth - 1 if kind == "logit" else topology.n_head + topology.n_loops * topology.n_mid - 1

@@ -189,7 +189,7 @@ def test_geometry_and_similarity_take_the_residual_stream(specimen):
                                                             for d in range(model.topology(12).depth)])
     moves = dynamics(rec.residual_stream(), rec.topology, fixed_point=target)
     np.testing.assert_allclose(moves.distance_to_fixed_point[-1], 0, atol=1e-6)
-    assert contraction(moves.distance_to_fixed_point).dims == ("layer", "batch", "pos")
+    assert contraction(moves.distance_to_fixed_point).law.dims == ("layer", "batch", "pos")
     assert classify_tokens(rec.residual_stream(), rec.topology).token_class.dims == ("layer", "batch", "pos")
 
 

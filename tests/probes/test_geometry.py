@@ -20,6 +20,7 @@ from probes import (
     matrix_entropy,
     trajectory_pca,
 )
+from probes.geometry import LAWS, TOKEN_CLASSES, growth
 from tests.small import small_model, small_tokens
 
 D = 6
@@ -120,18 +121,86 @@ def test_a_linear_contraction_has_its_factor(factor: float) -> None:
     residual = residual_of(lambda layer, k: goal[layer % 2] + factor ** k * offset[layer % 2], topology)
     target = xr.DataArray(np.stack([goal[1], goal[0]]), dims=("layer", "batch", "pos", "d_model"))
     distance = dynamics(residual, topology, fixed_point=target).distance_to_fixed_point
-    slope = contraction(distance)
-    assert slope.dims == ("layer", "batch", "pos")
-    np.testing.assert_allclose(np.exp(slope), factor, rtol=1e-4)
+    fitted = contraction(distance)
+    assert fitted.exponential.dims == ("layer", "batch", "pos")
+    np.testing.assert_allclose(np.exp(fitted.exponential), factor, rtol=1e-4)
+    assert (fitted.law == LAWS.index("exponential")).all()
+    np.testing.assert_allclose(fitted.r2, 1, atol=1e-6)
+    assert (fitted.power_r2 < 0.98).all()
+
+
+@pytest.mark.parametrize("exponent", [-0.5, -1.0, -2.0])
+def test_a_power_law_has_its_exponent_and_is_no_contraction(exponent: float) -> None:
+    loops = np.arange(12)
+    distance = xr.DataArray((loops[:, None] + 1.0) ** exponent * np.array([1.0, 3.0]), dims=("loop", "pos"),
+                            coords={"loop": loops})
+    fitted = contraction(distance)
+    assert (fitted.law == LAWS.index("power")).all()
+    np.testing.assert_allclose(fitted.power, exponent, rtol=1e-6)
+    np.testing.assert_allclose(fitted.r2, 1, atol=1e-9)
+    assert (fitted.exponential_r2 < 0.97).all()
+
+
+def test_the_loop_numbers_of_a_recording_count_not_their_order() -> None:
+    distance = xr.DataArray((np.arange(4, 12) + 1.0)[:, None] ** -1.0, dims=("loop", "pos"),
+                            coords={"loop": np.arange(4, 12)})
+    np.testing.assert_allclose(contraction(distance).power, -1, rtol=1e-6)
+
+
+def test_a_distance_that_does_not_change_is_constant() -> None:
+    fitted = contraction(xr.DataArray(np.full((6, 1), 0.3), dims=("loop", "pos")))
+    assert LAWS[int(fitted.law[0])] == "constant"
+    assert (float(fitted.exponential[0]), float(fitted.power[0]), float(fitted.r2[0])) == (0, 0, 1)
+
+
+def test_a_state_that_grows_by_the_same_vector_has_a_settled_direction_and_no_fixed_point() -> None:
+    """Its direction settles as 1/k: a power law, steady growth, and never a settled state."""
+    topology, step = Topology(0, 1, 0, 32), 3 * np.eye(D)[0]
+    start, rest = noise(0, 1, 3, D), noise(1, 1, 3, D)
+
+    def state(layer: int, k: int) -> np.ndarray:
+        x = start + k * step
+        x[:, 1] = rest[:, 1] + 0.5 ** k * start[:, 1]                    # position 1 comes to rest
+        x[:, 2] = 1.1 ** k * rest[:, 2]                                  # position 2 grows, and not by the same amount
+        return x
+
+    residual = residual_of(state, topology)
+    classes = classify_tokens(residual, topology).isel(layer=0, batch=0)
+    assert [TOKEN_CLASSES[c] for c in classes.token_class.values] == ["direction_settled", "state_settled",
+                                                                      "direction_settled"]
+    assert classes.grows_steadily.values.tolist() == [True, False, False]
+    assert float(classes.growth[0]) == pytest.approx(3, rel=1e-3)
+    assert abs(float(classes.growth[1])) < 1e-3
+    x = residual.values.reshape(32, 1, 1, 3, D)
+    unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    fitted = contraction(xr.DataArray(np.linalg.norm(unit - np.eye(D)[0], axis=-1)[4:, 0, 0],
+                                      dims=("loop", "pos"), coords={"loop": np.arange(4, 32)})).isel(pos=0)
+    assert LAWS[int(fitted.law)] == "power"
+    assert float(fitted.power) == pytest.approx(-1, abs=0.1)
+    assert float(fitted.r2) > 0.99 > float(fitted.exponential_r2)
+
+
+def test_growth_is_fitted_over_the_later_half_and_needs_three_loops() -> None:
+    norm = xr.DataArray(np.concatenate([np.full(6, 50.0), 10 + 2.0 * np.arange(6)])[:, None], dims=("loop", "pos"))
+    found = growth(norm)
+    assert float(found.per_loop[0]) == pytest.approx(2)
+    assert bool(found.steady[0])
+    assert not bool(growth(-norm + 100).steady[0]), "a norm that falls does not grow"
+    slight = xr.DataArray(100 + 0.01 * np.arange(12)[:, None], dims=("loop", "pos"))
+    assert float(growth(slight).r2[0]) == pytest.approx(1)
+    assert not bool(growth(slight).steady[0]), "growth of 0.05% over the loops looked at is none"
+    with pytest.raises(ValueError, match="at least 3 loops, there are 2"):
+        growth(norm[:2])
 
 
 def test_contraction_leaves_out_rounding_and_says_nan_where_too_little_is_left() -> None:
     loops = np.arange(8)
     distance = xr.DataArray(np.stack([np.maximum(0.1 ** loops, 3e-7), np.where(loops < 2, 1.0, 0.0)], axis=1),
                             dims=("loop", "pos"), coords={"loop": loops})
-    slope = contraction(distance)
-    np.testing.assert_allclose(slope[0], np.log(0.1), rtol=1e-5)
-    assert np.isnan(slope[1])
+    fitted = contraction(distance)
+    np.testing.assert_allclose(fitted.exponential[0], np.log(0.1), rtol=1e-5)
+    assert np.isnan(fitted.exponential[1])
+    assert [LAWS[law] for law in fitted.law.values] == ["exponential", "undefined"]
 
 
 def test_the_fixed_point_is_the_state_after_many_loops() -> None:
@@ -164,10 +233,10 @@ def test_tokens_that_converge_cycle_and_drift_are_told_apart(given: bool) -> Non
     residual = residual_of(state, topology)
     target = xr.DataArray(goal[None], dims=("layer", "batch", "pos", "d_model"))
     classes = classify_tokens(residual, topology, fixed_point=target if given else None)
-    drift = 0 if given else 2  # without X*, a drift this slow cannot be told from having arrived
-    assert classes.token_class.values[0, 0].tolist() == [2, 1, 1, 0, drift]
-    assert classes.period.values[0, 0].tolist() == [1, 2, 3, 0, drift // 2]
-    assert classes.token_class.attrs["flag_meanings"].split() == ["drifting", "cyclic", "converged"]
+    drift = 0 if given else 3  # without X*, a drift this slow cannot be told from having arrived
+    assert classes.token_class.values[0, 0].tolist() == [3, 1, 1, 0, drift]
+    assert classes.period.values[0, 0].tolist() == [1, 2, 3, 0, drift // 3]
+    assert classes.token_class.attrs["flag_meanings"].split() == list(TOKEN_CLASSES)
     assert "0.99" in classes.token_class.attrs["definition"]
 
 

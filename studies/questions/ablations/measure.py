@@ -66,7 +66,7 @@ def measure(entry: Entry, *, examples: int, seed: int) -> tuple[dict[str, float]
     numbers = {
         "exact": float(scores[s_max]["exact"].mean()), "exact_more": float(scores[2 * s_max]["exact"].mean()),
         "cells_once": float(scores[1]["cells"].mean()),
-        "converged": float((classes == 2).mean()), "cyclic": float((classes == 1).mean()),
+        "converged": float((classes >= 2).mean()), "cyclic": float((classes == 1).mean()),
         "step_cosine": _median(moves.step_cosine.values[2:s_max][..., masked]),
         "norm_growth": float(np.median((looped_norm[31] / looped_norm[7])[:, masked])),
         "attention_change": attention_change(model, noised[:16])}
