@@ -28,8 +28,8 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-study: $(STAMP)  ## measure again what the loops of the bundled models have in common, and whether content advances
-	$(BIN)/python studies/rerun.py
+study: $(STAMP)  ## put every bundled looped model to the stage test again
+	$(BIN)/python studies/stage_test.py
 
 bench: $(STAMP)  ## speed and memory against the peers
 	$(BIN)/python -m benchmarks

@@ -342,8 +342,8 @@ class _Cell:
         if fixed == "same" or "drifting" not in self.drawn.tau:
             return fixed, "fixed", classes
         either, joined = self._in("fixed", "drifting")
-        if either == fixed:
-            return fixed, "fixed", classes
+        if either == fixed or (fixed == "programme" and not either):
+            return fixed, "fixed", classes   # some exchange as they stand: that is decided, whatever basis is tried
         return either, "drifting", joined
 
     def _in(self, *bases: str) -> tuple[Operation, list[set[int]] | None]:

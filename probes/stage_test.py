@@ -17,7 +17,8 @@ evidence does not reach.
 2. *Operation.* Two loops have the same letter if τ lies above .5 in both directions. *Same*: one letter, or the mean τ
    of the range, weighted by work, lies above .5 and no two loops lie below .25 both ways. *Changing*: no two loops
    share a letter, or the mean lies below .25 and no pair is the same. If τ does not say same, aligned τ is asked the
-   same questions: *same in a drifting basis* if it does. Loop 0 joins in where it shares a letter with another.
+   same questions: *same in a drifting basis* if it does; *changing* needs both to say so, while a programme that τ
+   shows stands where aligned τ decides nothing. Loop 0 joins in where it shares a letter with another.
 3. *Content.* It *advances* if the range lowers the NLL by more than δ per loop, or the loops' work is worth more than
    δ each to the final answer, and a straight line does not do as well; *nothing new* if both are within δ of 0.
 4. *Regime.* same + advances: **iterating**; changing + advances: **unrolled**; some letters repeat + advances:
@@ -105,13 +106,14 @@ class Verdict:
         return [_row(finding) for finding in self.findings]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays over examples, for JSON."""
+        """Everything but the arrays over examples, for JSON; None where a number is not defined."""
         return {"regime": self.regime, "basis": self.basis, "letters": self.letters, "text": self.text,
                 "tau": _numbers(self.tau), "aligned": None if self.aligned is None else _numbers(self.aligned),
                 "stages": {"tau": _numbers(self.stages), "loop": self.stages.loop.values.tolist(),
                            "layer": self.stages.layer.values.tolist()},
                 "gains": {name: _numbers(array.mean("example")) for name, array in self.gains.items()},
-                "table": self.rows(), "thresholds": asdict(self.thresholds), "n_seeds": self.n_seeds,
+                "table": [{name: _known(value) for name, value in row.items()} for row in self.rows()],
+                "thresholds": asdict(self.thresholds), "n_seeds": self.n_seeds,
                 "n_examples": self.n_examples, "twin": None if self.twin is None else self.twin.to_dict()}
 
 
@@ -422,6 +424,10 @@ def _numbers(values: xr.DataArray) -> Any:
     found = np.array(values.values, dtype=object)
     found[~np.isfinite(values.values)] = None
     return found.tolist()
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _row(finding: Finding) -> dict[str, Any]:

@@ -66,10 +66,10 @@ def _loops(loops: tuple[int, int]) -> str:
 def _numbers(finding: Finding) -> str:
     found = {name: quantity.interval for name, quantity in finding.quantities.items()}
     sentences = []
-    if "tau" in found:
+    if "tau" in found and not finding.idle:   # of what has no work, no share can be done
         sentences.append(f"Another loop does {percent(found['tau'])} of a loop's work as it stands"
                          + (f", {percent(found['aligned tau'])} in a fitted basis" if "aligned tau" in found else ""))
-    if "same-layer tau" in found:
+    if "same-layer tau" in found and not finding.idle:
         sentence = f"the same layer of another loop does {percent(found['same-layer tau'])} of a layer's work"
         if "other-layer tau" in found:
             sentence += f", another layer {percent(found['other-layer tau'])}"
@@ -80,7 +80,8 @@ def _numbers(finding: Finding) -> str:
 
 
 def _nats(found: Interval) -> str:
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}] nat"
+    value, low, high = (f"{number:.3f}".replace("-0.000", "0.000") for number in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}] nat"
 
 
 def _scope(n_seeds: int, n_examples: int, thresholds: Thresholds) -> str:

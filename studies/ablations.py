@@ -25,7 +25,7 @@ import tyro
 import xarray as xr
 from tqdm import tqdm
 
-from studies.checks import at_least
+from studies.checks import at_least, writable
 from studies.folders import without_seed
 from studies.questions.ablations.figures import figures
 from studies.questions.ablations.judge import judge
@@ -69,6 +69,11 @@ def find_ablations(task: str, zoo: Path) -> dict[str, dict[int, Entry]]:
 
 def main(args: Ablations) -> int:
     """Run the study; 2 if the zoo holds no ablations with a base, or nothing is there to be rendered."""
+    try:
+        writable(args.results)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.render:
         return render(args)
     began = time.monotonic()

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from hooks.writing import written_whole
 from probes.thresholds import THRESHOLDS
-from studies.checks import at_least
+from studies.checks import at_least, writable
 from studies.questions.calibrate.figures import figures
 from studies.questions.calibrate.judge import judge
 from studies.questions.calibrate.measure import Case, cases, run_case
@@ -75,7 +75,11 @@ def main(args: Calibrate) -> int:
     torch.set_num_threads(1)   # the same numbers, however many processes there are
     file = args.runs / "calibration" / "cases.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    (args.results / "calibration").mkdir(parents=True, exist_ok=True)   # found out now, not after the computation
+    try:
+        writable(args.results)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.again:
         file.unlink(missing_ok=True)
     done = _rows(file)

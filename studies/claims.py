@@ -25,7 +25,7 @@ import tyro
 import xarray as xr
 from tqdm import tqdm
 
-from studies.checks import at_least
+from studies.checks import at_least, writable
 from studies.questions.claims.figures import figures
 from studies.questions.claims.judge import Judgement, judge
 from studies.questions.claims.measure import SampleSizes, measure
@@ -140,7 +140,12 @@ def measured_groups(args: PaperClaims) -> list[str]:
 
 
 def main(args: PaperClaims) -> int:
-    """Run the study; 2 if a group is not in the zoo, or with --stored not in the results."""
+    """Run the study; 2 if a group is not in the zoo, or with --stored not in the results, or they cannot be written."""
+    try:
+        writable(args.results)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.stored:
         try:
             for name in measured_groups(args):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from studies.checks import at_least
+from studies.checks import at_least, writable
 from studies.questions.length_generalization.figures import rows_figure
 from studies.questions.length_generalization.judge import judge
 from studies.questions.length_generalization.measure import measure
@@ -56,7 +56,12 @@ class LengthGeneralization:
 
 
 def main(args: LengthGeneralization) -> int:
-    """Run the study; 2 if the zoo has no such models."""
+    """Run the study; 2 if the zoo has no such models, or the results cannot be written."""
+    try:
+        writable(args.results)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     began = time.monotonic()
     seeds = find_groups(args.zoo).get(args.group)
     if not seeds or not isinstance(next(iter(seeds.values()))["loop"].task, Automaton):

@@ -16,9 +16,8 @@ import tyro
 
 from hooks.writing import written_whole
 from studies.questions.length_generalization.judge import judge as more_rows
-from studies.questions.stages.judge import notes
 from studies.results import RESULTS, read_results
-from studies.zoo import KINDS, SHORT_NAMES, ZOO, names, read_card, read_metrics
+from studies.zoo import KINDS, ZOO, names, read_card, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 README, ZOO_PAGE = ROOT / "README.md", ROOT / "docs" / "zoo.md"
@@ -33,12 +32,9 @@ class Readme:
 
 
 def verdict_block(verdict: dict[str, Any]) -> str:
-    """The findings in words, and what their brackets hold."""
-    setting = verdict["setting"]
-    note = " ".join([f"On *{setting['task']['name']}*, noise level {setting['t']:g}, {setting['n_loops']} loops.",
-                     *notes({**verdict, "table": []}), verdict.get("over_seeds", "")])
-    return "\n\n".join([f"**{verdict['conclusion']}**", verdict["content"]["words"], verdict["operation"]["words"],
-                        note.strip()])
+    """The answer of the stage test, its sentences, and the figure of its matrices."""
+    return "\n".join([f"**{verdict['answer']}**", "", "![Could another loop have done this loop's work?]"
+                      "(results/stage_test/matrices.svg)", "", *(f"- {sentence}" for sentence in verdict["words"])])
 
 
 def zoo_block(zoo: Path = ZOO) -> str:
@@ -59,33 +55,25 @@ def zoo_block(zoo: Path = ZOO) -> str:
 
 
 def unlearned_block(zoo: Path = ZOO) -> str:
-    """What the bundled models did not learn: text, pointer chains, and more rows than in training."""
+    """Where loops do not pay: text in either form, and more rows than in training."""
     cards = {name: read_card(zoo / name) for name in names(zoo)}
     loop, twin = (read_metrics(zoo / f"text-{kind}") for kind in ("loop", "twin"))
     steps = int(min(table.step.max() for table in (loop, twin)))
     at = [float(np.interp(steps, table.step, table.nelbo)) for table in (loop, twin)]
-    text = (f"- On *text* the LoopMDM ends with a NELBO of {cards['text-loop']['metrics']['nelbo']:.2f} and its twin, "
-            f"after equal FLOPs, with {cards['text-twin']['metrics']['nelbo']:.2f}. It is behind at equal steps too: "
-            f"{at[0]:.2f} against {at[1]:.2f} after {steps:,}; the twin's learning rate is higher there. "
-            "The reason is open.")
-    pointer = {kind: cards[f"pointer-{kind}"] for kind in KINDS}
-    keys = pointer["loop"]["task"]["keys"]
-    filled = ", ".join(f"{SHORT_NAMES[kind]} {_cells(card):.1%}" for kind, card in pointer.items())
-    nelbo = ", ".join(f"{SHORT_NAMES[kind]} {card['metrics']['nelbo']:.2f}" for kind, card in pointer.items())
-    hops = (f"- *Pointer* is a negative result. All kinds fill wholly masked chains at chance, 1 of {keys - 1} "
-            f"({filled}), and have only learned to use what is visible (NELBO: {nelbo}). A single hop (`hops=1`) does "
-            "begin to be learned.")
+    text = (f"- On *text* in words the LoopMDM, trained with S drawn uniformly from the first step, ends with a NELBO "
+            f"of {cards['text-loop']['metrics']['nelbo']:.2f} and its twin, after equal FLOPs, with "
+            f"{cards['text-twin']['metrics']['nelbo']:.2f} (after {steps:,} steps {at[0]:.2f} and {at[1]:.2f}).")
+    chars = {kind: cards[f"text-{kind}-chars"]["metrics"] for kind in KINDS}
+    curve = ", ".join(f"{chars['loop'][f'nelbo@{s}']:.3f} at S = {s}" for s in (1, 4, 8))
+    bytes_ = (f"- On *text* in bytes (grown S, exact masks) the loops are used and do not pay: NELBO {curve}, where a "
+              f"straight line through the first states has {chars['loop']['nelbo_line@8']:.3f} at S = 8; the twin has "
+              f"{chars['twin']['nelbo']:.3f} and the deep twin {chars['deep']['nelbo']:.3f} after equal FLOPs.")
     longer = read_results(RESULTS / "length_generalization-automaton")
     said = more_rows(longer.datasets["curves"], longer.verdict["task"]["rows"])
     rows = ("- An automaton model does not fill more rows than in training, however many loops it may use. "
             f"{said} ([figure](../results/length_generalization-automaton/report.html), "
             "`python studies/length_generalization.py`)")
-    return "\n".join([text, hops, rows])
-
-
-def _cells(card: dict[str, Any]) -> float:
-    """Free cells right at S_max."""
-    return float(card["metrics"][f"cells@{card['topology']['max_loops']}"])
+    return "\n".join([text, bytes_, rows])
 
 
 def between(text: str, name: str, block: str) -> str:
@@ -100,7 +88,7 @@ def between(text: str, name: str, block: str) -> str:
 
 def current() -> dict[Path, str]:
     """The files as they should be."""
-    verdict = read_results(RESULTS / "rerun-automaton").verdict
+    verdict = read_results(RESULTS / "stage_test").verdict
     zoo = between(ZOO_PAGE.read_text(), "zoo", zoo_block())
     return {README: between(README.read_text(), "verdict", verdict_block(verdict)),
             ZOO_PAGE: between(zoo, "unlearned", unlearned_block())}

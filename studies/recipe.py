@@ -19,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from studies.checks import writable
 from studies.questions.recipe.measure import CHANGES, configure, kept
 from studies.questions.recipe.page import page
 from studies.results import RESULTS
@@ -62,6 +63,11 @@ def main(args: Recipe) -> int:
         if unknown := sorted(set(given) - set(known)):
             print(f"no {what} is called {', '.join(unknown)}; there are {', '.join(known)}.", file=sys.stderr)
             return 2
+    try:
+        writable(args.results)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     done = read(args.results)
     wanted = [(task, change, seed) for seed in args.seeds for task in args.tasks for change in args.changes]
     for task, change, seed in wanted if args.train else ():

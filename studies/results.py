@@ -3,10 +3,10 @@
 measurements.nc holds one netCDF group per named dataset, each variable with its definition
 and units. A results folder appears whole or not at all.
 
-    folder = write_results("results/rerun-automaton", study="stages", verdict={"verdict": "…"},
-                           datasets={"accuracy": measured}, html="<p>…</p>")
-    results = read_results("results/rerun-automaton")
-    results.verdict["verdict"], results.datasets["accuracy"]
+    folder = write_results("results/stage_test", study="stage_test", verdict={"answer": "…"},
+                           datasets={"automaton-loop": measured}, html="<p>…</p>")
+    results = read_results("results/stage_test")
+    results.verdict["answer"], results.datasets["automaton-loop"]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES = ("verdict.json", "measurements.nc")
 """What a results folder must hold."""
 
 
-SCRIPTS = {"stages": "studies/rerun.py", "claims": "studies/claims.py", "ablations": "studies/ablations.py",
+SCRIPTS = {"stage_test": "studies/stage_test.py", "claims": "studies/claims.py", "ablations": "studies/ablations.py",
            "length_generalization": "studies/length_generalization.py"}
 """The program of each study, by the name that its verdicts carry."""
 
@@ -59,7 +59,7 @@ def made_by(folder: str | Path) -> str:
         study = str(read_json(path / "verdict.json").get("study", ""))
     except ValueError:
         study = ""
-    return f"python {SCRIPTS.get(study) or SCRIPTS.get(path.name.partition('-')[0], SCRIPTS['stages'])}"
+    return f"python {SCRIPTS.get(study) or SCRIPTS.get(path.name.partition('-')[0], SCRIPTS['stage_test'])}"
 
 
 def write_results(folder: str | Path, *, study: str, verdict: Mapping[str, Any], datasets: Mapping[str, xr.Dataset],

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from hooks import HookedLoopMDM, LoopMDMConfig
+from studies.stage_test import StageTest, main
 from studies.tasks import Automaton
 
 TASK = Automaton(rule=30, width=6, rows=4)
@@ -49,3 +50,11 @@ def with_curves(zoo: Path) -> Path:
         flops = np.linspace(0.1, 1, 10)
         pd.DataFrame({"flops": flops * 1e9, "nelbo": np.exp(-rate * flops)}).to_parquet(card.parent / "metrics.parquet")
     return zoo
+
+
+def make_results(folder: Path, zoo: Path) -> Path:
+    """The stage test of such a zoo, without controls, in ``folder``/results."""
+    args = StageTest(per_level=8, t=(1.0,), untrained=1, workers=1, pictures=False, zoo=zoo, runs=folder / "runs",
+                     specimens=folder / "none", codecs=folder / "none", results=folder / "results")
+    assert main(args) == 0
+    return args.results

@@ -44,8 +44,8 @@ BOUND_ONLY = {
     "hooks/foreign/adopt.py", "hooks/foreign/architectures.py", "hooks/foreign/firings.py",
     "hooks/foreign/loopify.py", "hooks/foreign/watching.py", "hooks/foreign/replay.py", "hooks/foreign/discovery.py",
     "studies/questions/claims/measure.py", "studies/questions/recipe/measure.py", "studies/training/run.py",
-    "studies/questions/ablations/measure.py", "studies/questions/stages/content.py",
-    "studies/questions/stages/operation.py", "studies/questions/length_generalization/measure.py",   # train or measure
+    "studies/questions/ablations/measure.py", "studies/questions/length_generalization/measure.py",
+    "studies/questions/stage_test/measure.py",                                           # train or measure
     "probes/alignment.py", "probes/calibration.py", "probes/gains.py", "probes/stage_rule.py",
     "probes/stage_test.py", "probes/stage_text.py",
     *(f"studies/questions/controls/{name}.py" for name in (
@@ -243,7 +243,7 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
 
     model, noised, task, rec = base["model"], base["noised"], base["task"], base["rec"]
     stored = {name: stored_results(name) for name in (
-        "rerun-automaton", "ablations-automaton", "length_generalization-automaton", "claims-automaton")}
+        "stage_test", "ablations-automaton", "length_generalization-automaton", "claims-automaton")}
 
     def trace() -> list[dict[str, np.ndarray]]:
         steps = sample(model, noised[:1], SamplerConfig(n_steps=4, n_loops=2))
@@ -261,7 +261,7 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
     residual = rec.residual_stream
     ablations, longer, claims = (stored[name] for name in (
         "ablations-automaton", "length_generalization-automaton", "claims-automaton"))
-    stages = stored["rerun-automaton"]
+    stage_tested = stored["stage_test"].verdict
     calibrated = {"key": "one", "truth": "programme", "regime": "programme", "sequence": "ABAB", "letters": "ABAB",
                   "n": 16, "kept": True, "family": "codec", "control": "ABAB", "least_equal": 0.9}
     runs = [{"task": "stories", "change": change, "seed": 0, "budget_flops": 1e9, "nelbo": 1.0, "nelbo@1": 1.1,
@@ -280,7 +280,6 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "app/figures/probes.py": lambda: {"result": probed()},
         "app/figures/style.py": lambda: {"dataset": base["lens"]},
         "app/figures/training.py": lambda: {"table": pd.DataFrame({"flops": [1e9, 2e9], "nelbo": [2.0, 1.0]})},
-        "app/figures/verdict.py": lambda: {"verdict": stages.verdict},
         "hooks/bridges/interop.py": lambda: {"bridge": model.unroll(8)},
         "hooks/bridges/weight_views.py": lambda: {"block": model.blocks[1]},
         "hooks/foreign/layouts.py": lambda: {"state": torch.zeros(2, 3, 4)},
@@ -320,8 +319,10 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "studies/questions/controls/operations.py": lambda: {"bits": torch.randint(0, 2, (3, 12))},
         "studies/questions/recipe/judge.py": lambda: {"runs": runs},
         "studies/questions/recipe/page.py": lambda: {"runs": runs},
-        "studies/questions/stages/page.py": lambda: {"verdict": stages.verdict, "datasets": stages.datasets},
-        "studies/results.py": lambda: {"measured": stages.datasets["accuracy_over_loops"]},
+        "studies/questions/stage_test/figures.py": lambda: {"verdict": stage_tested},
+        "studies/questions/stage_test/judge.py": lambda: {"found": stage_tested["found"]},
+        "studies/questions/stage_test/page.py": lambda: {"verdict": stage_tested},
+        "studies/results.py": lambda: {"measured": stored["stage_test"].datasets["automaton-loop"]},
         "studies/training/draws.py": lambda: {"model": model.config},
         "studies/training/flops.py": lambda: {"config": model.config},
     }

@@ -72,13 +72,12 @@ def test_a_circle_would_be_found():
 
 def test_scripts_and_questions_are_where_they_are_looked_for():
     """Each question's folder has some of the same files, and a script in studies/ that asks it."""
-    parts = {"__init__", "measure", "judge", "figures", "page"}
+    parts = {"__init__", "subjects", "others", "measure", "judge", "figures", "page"}
     studies = ROOT / "studies"
     for folder in sorted(path.parent for path in (studies / "questions").glob("*/page.py")):
         own = {path.stem for path in folder.glob("*.py")}
-        if folder.name != "stages":   # two halves, each with its own measurements
-            assert own <= parts, f"{folder} has {own - parts}"
-            assert (studies / f"{folder.name}.py").is_file()
+        assert own <= parts, f"{folder} has {own - parts}"
+        assert (studies / f"{folder.name}.py").is_file()
     for script in studies.glob("*.py"):
         if "tyro.cli" in script.read_text():
             tree = ast.parse(script.read_text())

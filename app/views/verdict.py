@@ -1,35 +1,28 @@
-"""Verdict: what was measured on the headline question, and what is open; and the paper's claims, judged.
+"""Verdict: what the stage test says of every looped model, and what is open; and the paper's claims, judged.
 
-Reads what `rerun.py`, `claims.py`, `ablations.py` and `length_generalization.py` of studies/ wrote; computes nothing.
+Reads what `stage_test.py`, `claims.py`, `ablations.py` and `length_generalization.py` of studies/ wrote; computes
+nothing.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
 
 from app import data, show
 from app.figures.style import styled
-from app.figures.verdict import evidence
 from studies.questions.ablations import page as ablations_page
 from studies.questions.ablations.figures import figures as ablations_figures
 from studies.questions.claims.judge import Judgement
 from studies.questions.claims.page import HOW_JUDGED
 from studies.questions.length_generalization import page as length_page
 from studies.questions.length_generalization.figures import rows_figure
-from studies.questions.stages import page as stages_page
-from studies.questions.stages.judge import cell_text, notes
+from studies.questions.stage_test import page as stage_test_page
+from studies.questions.stage_test.figures import figures as stage_test_figures
 from studies.results import Results, made_by
-
-SECTIONS = {"operation": "Does the operation repeat?", "content": "Does the content advance?"}
-BADGES = {"advances": "blue", "does not advance": "orange"}
-"""Colours of what was decided; grey is what was not."""
 
 
 def main() -> None:
@@ -46,29 +39,33 @@ def main() -> None:
                  f"them again with `{made_by(results.path)}`.", icon=":material/broken_image:")
 
 
-def _stages(results: Results) -> None:
-    """The headline question: its two halves, what is decided of them, and what was measured."""
+def _stage_test(results: Results) -> None:
+    """The headline question: the answer in words, the matrices it rests on, every subject, and what is undecided."""
     verdict = results.verdict
-    missing = {"question", "conclusion", "operation", "content", "subjects", "setting", "table"} - set(verdict)
-    missing |= {f"{section}.decision" for section in set(SECTIONS) & set(verdict)
-                if "decision" not in verdict[section]}
-    if missing:
+    if missing := {"question", "answer", "words", "open", "main", "subjects", "found"} - set(verdict):
         st.error(f"The verdict in `{results.path}` lacks {', '.join(sorted(missing))}: it was made by another version. "
-                 "Make it again with `python studies/rerun.py`.", icon=":material/history:")
+                 f"Make it again with `{made_by(results.path)}`.", icon=":material/history:")
         return
     st.title(str(verdict["question"]), anchor=False)
-    st.markdown(f"#### {verdict['conclusion']}")
-    st.caption(_setting(verdict))
-    for column, (section, title) in zip(st.columns(2), SECTIONS.items(), strict=True):
-        with column.container(border=True, height="stretch"):
-            decision = verdict[section]["decision"]
-            st.markdown(f"**{title}** :{BADGES.get(decision, 'gray')}-badge[{decision}]")
-            st.write(verdict[section].get("words", ""))
-    if verdict.get("over_seeds"):
-        st.info(verdict["over_seeds"], icon=":material/casino:")
-    _evidence(verdict)
-    _figures(results)
+    st.markdown(f"#### {verdict['answer']}")
+    st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
+    rows = pd.DataFrame(stage_test_page.rows_for_table(verdict))
+    for name, (title, what, drawn) in stage_test_figures(verdict["found"], verdict["main"]).items():
+        drawn = styled(drawn, height=int(drawn.layout.height)).update_layout(width=None, legend=LEGEND)
+        show.figure(drawn, what, name=name, title=title, table=lambda: rows)
+    st.header("Every subject", anchor=False)
+    st.dataframe(rows, hide_index=True, width="stretch",
+                 column_config={"subject": st.column_config.TextColumn(pinned=True)})
+    with st.expander("How it is measured", icon=":material/menu_book:"):
+        st.markdown("\n\n".join(stage_test_page.METHOD))
+    with st.expander(f"What is undecided, and why ({len(verdict['open'])})", icon=":material/help:"):
+        st.markdown("\n".join(f"- {sentence}" for sentence in verdict["open"]) or "Nothing.")
+    st.caption("Limits. " + " ".join(stage_test_page.LIMITS))
     _provenance(results)
+
+
+LEGEND = {"y": 1, "yref": "container", "yanchor": "top"}
+"""Above the figure, whatever its height."""
 
 
 def _chosen() -> Results:
@@ -78,7 +75,7 @@ def _chosen() -> Results:
     if not found:
         st.title("Do the loops re-run the same stages?", anchor=False)
         st.info(f"No results in `{data.results_folder()}` yet. Make them with `make study` or "
-                "`python studies/rerun.py` (minutes on a CPU), then reload. The other pages compute live and do "
+                "`python studies/stage_test.py` (minutes on a CPU), then reload. The other pages compute live and do "
                 "not need results.",
                 icon=":material/science:")
         st.stop()
@@ -90,60 +87,6 @@ def _chosen() -> Results:
     except (FileNotFoundError, OSError, ValueError) as error:
         st.error(f"These results cannot be read: {error}", icon=":material/broken_image:")
         st.stop()
-
-
-def _setting(verdict: dict[str, Any]) -> str:
-    setting = verdict.get("setting", {})
-    task = setting.get("task", {})
-    difficulty = ", ".join(f"{key} {value}" for key, value in task.items() if key != "name")
-    return (f"Task *{task.get('name', '?')}* ({difficulty}), {setting.get('examples', '?')} held-out examples, noise "
-            f"level t = {setting.get('t', '?')}, {setting.get('n_loops', '?')} loops compared, beside the unlooped "
-            f"deep twin cut into pseudo-loops and {verdict['subjects'].get('untrained', 'untrained LoopMDMs')}.")
-
-
-def _evidence(verdict: dict[str, Any]) -> None:
-    st.header("What was measured", anchor=False)
-    subjects, table = verdict["subjects"], verdict["table"]
-    for section, column in zip(SECTIONS, st.columns(2, gap="large"), strict=True):
-        chosen = [row for row in table if row.get("section", "operation") == section
-                  and any("value" in row.get(subject, {}) for subject in subjects)]
-        if chosen:
-            with column:
-                show.figure(evidence(chosen, subjects), "Each strip is one measure on its own axis: the LoopMDM and "
-                            "the deep twin with 95% bootstrap intervals over held-out examples, the untrained models "
-                            "one by one, with their mean. The dotted line is 0, or 1 for ratios.",
-                            name=f"evidence-{section}", title=section.capitalize(),
-                            table=partial(_plain_table, chosen, subjects))
-    with st.expander("The same as a table, with definitions", icon=":material/table:"):
-        shown = pd.DataFrame([{
-            "measure": row["measure"], **{name: cell_text(row.get(s)) for s, name in subjects.items()},
-            "definition": row.get("definition", "")} for row in table])
-        st.dataframe(shown, hide_index=True, width="stretch",
-                     column_config={"definition": st.column_config.TextColumn(width="large")})
-    for note in notes(verdict):
-        st.caption(note)
-
-
-def _figures(results: Results) -> None:
-    st.header("In detail", anchor=False)
-    try:
-        drawn = stages_page.figures(results.verdict, results.datasets)
-    except KeyError as error:
-        st.warning(f"Some measurements of this study are missing ({error}): it was made by another version. Make it "
-                   "again with `python studies/rerun.py`.", icon=":material/history:")
-        return
-    halves: list[DeltaGenerator] = []   # columns still free beside the last figure
-    for i, (title, what, figure) in enumerate(drawn):
-        if _only_intervals(figure):   # shown as evidence above
-            continue
-        wide = len(list(figure.select_xaxes())) > 1 or i == 0
-        if not wide and not halves:
-            halves = list(st.columns(2, gap="large"))
-        if wide:
-            halves = []
-        with st.container() if wide else halves.pop(0):
-            show.figure(styled(figure, height=int(figure.layout.height or 380)), what, name=f"study-{i}", title=title,
-                        table=lambda: _every_number(results))
 
 
 def _claims(results: Results) -> None:
@@ -202,11 +145,6 @@ def _length_generalization(results: Results) -> None:
     _provenance(results)
 
 
-def _only_intervals(figure: go.Figure) -> bool:
-    """Is this one of the report's figures of values from the table?"""
-    return all(trace.type == "scatter" and trace.error_x.array is not None for trace in figure.data)
-
-
 def _provenance(results: Results) -> None:
     st.header("Where this comes from", anchor=False)
     made = results.verdict.get("provenance", {})
@@ -228,13 +166,6 @@ def _provenance(results: Results) -> None:
                                    width="stretch")
 
 
-def _plain_table(rows: list[dict[str, Any]], subjects: dict[str, str]) -> pd.DataFrame:
-    ends = ("value", "low", "high")
-    return pd.DataFrame([{"measure": row["measure"], "subject": name, **{end: row[s].get(end) for end in ends},
-                          "definition": row.get("definition", "")}
-                         for row in rows for s, name in subjects.items() if s in row])
-
-
 def _every_number(results: Results) -> pd.DataFrame:
     """All measurements of a study, long: dataset, variable, coordinates, value."""
     parts = []
@@ -246,7 +177,7 @@ def _every_number(results: Results) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-PAGES = {"stages": _stages, "claims": _claims, "ablations": _ablations,
+PAGES = {"stage_test": _stage_test, "claims": _claims, "ablations": _ablations,
          "length_generalization": _length_generalization}
 """The page of each study."""
 

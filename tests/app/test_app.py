@@ -13,8 +13,6 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from app import compute, data, selection
-from studies.rerun import Rerun
-from studies.rerun import main as rerun
 from studies.zoo import load
 from tests.small_zoo import TASK, make_zoo
 
@@ -32,8 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(zoo, results): a triplet of small random models, and the study of it."""
     folder = tmp_path_factory.mktemp("explorer")
     zoo = make_zoo(folder / "zoo")
-    assert rerun(Rerun(zoo=zoo, results=folder / "results", examples=16)) == 0
-    return zoo, folder / "results"
+    return zoo, make_results(folder, zoo)
 
 
 @pytest.fixture
@@ -179,25 +176,23 @@ def test_a_step_says_how_far_each_loop_moved_the_state(app: AppTest) -> None:
 
 
 def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tuple[Path, Path]) -> None:
-    verdict = json.loads((folders[1] / "rerun-automaton" / "verdict.json").read_text())
+    verdict = json.loads((folders[1] / "stage_test" / "verdict.json").read_text())
     opened(app, "verdict")
     text = "\n".join(str(part.value) for part in (*app.title, *app.markdown))
-    for words in (verdict["question"], verdict["conclusion"], verdict["operation"]["words"],
-                  verdict["content"]["words"]):
+    for words in (verdict["question"], verdict["answer"], *verdict["words"], *verdict["open"]):
         assert words in text
-    assert "gray-badge[open]" in text
-    assert "green" not in text, "nothing here is shown to be so"
-    table = app.dataframe[0].value
-    assert table["measure"].tolist() == [row["measure"] for row in verdict["table"]]
+    assert {"matrices", "stages", "overview", "gains"} <= set(figures(app))
+    assert app.dataframe[0].value["subject"].tolist() == [row["subject"] for row in verdict["subjects"]]
     assert {button.key for button in app.get("download_button")} >= {"report", "json"}
 
 
 def test_the_dynamics_page_tells_no_factor_by_which_loops_contract(app: AppTest) -> None:
     """A state that grows by one vector again and again nears its own end as 1/k: no factor per loop describes it."""
     opened(app, "dynamics", loops="8")
-    said = "\n".join(str(caption.value) for caption in app.caption)
+    said = "\n".join(str(part.value) for part in (*app.caption, *app.info))
     assert "multiplies" not in said
-    assert "grows by the same vector in every loop, would still take steps of 7.8e-03" in said
+    assert "direction settled" in said
+    assert "the direction's distance" in said
 
 
 @pytest.mark.parametrize("damage", ["gone", "half"])
@@ -206,12 +201,12 @@ def test_missing_or_damaged_results_name_the_command(app: AppTest, damage: str, 
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPSCOPE_RESULTS", str(tmp_path))
     if damage == "half":
-        (tmp_path / "rerun-automaton").mkdir()
-        (tmp_path / "rerun-automaton" / "verdict.json").write_text("{}")
+        (tmp_path / "stage_test").mkdir()
+        (tmp_path / "stage_test" / "verdict.json").write_text("{}")
     app.run()
     assert not app.exception
     said = app.info[0].value if damage == "gone" else app.warning[0].value
-    assert "python studies/rerun.py" in said
+    assert "python studies/stage_test.py" in said
 
 
 def test_an_empty_zoo_and_a_broken_model_are_said_so(app: AppTest, tmp_path: Path, folders: tuple[Path, Path],

@@ -17,7 +17,6 @@ from app.figures.grids import Look, Panel, mask_editor, token_grids, value_grids
 from app.figures.lens import COLOURS, lens_grid, region_curves
 from app.figures.probes import VALUES, probe_curves, probe_grid
 from app.figures.style import depth_axis, depth_names, ramp, region_ticks
-from app.figures.verdict import evidence
 from hooks.model.diffusion import SamplerConfig, sample
 from probes import (
     attention_summary,
@@ -298,28 +297,6 @@ def test_a_loop_that_did_not_run_has_no_change() -> None:
     figure = loop_changes(trace, current=1)
     np.testing.assert_array_equal(figure.data[0].z, [[0.5, 0.125], [0.25, np.nan]])
     np.testing.assert_array_equal(figure.data[0].y, [1, 2])
-
-
-def test_evidence_draws_every_interval() -> None:
-    table = [{"measure": "ratio same / different", "loop": {"value": 0.5, "low": 0.4, "high": 0.7},
-              "control": {"value": 1.0, "low": 0.9, "high": 1.1}},
-             {"measure": "gain", "loop": {"value": 0.2, "low": 0.1, "high": 0.3}}]
-    figure = evidence(table, {"loop": "LoopMDM", "control": "deep twin"})
-    assert [trace.x[0] for trace in figure.data] == [0.5, 1.0, 0.2]
-    assert figure.data[0].error_x.array[0] == pytest.approx(0.2)
-    assert figure.data[0].error_x.arrayminus[0] == pytest.approx(0.1)
-    assert [trace.showlegend for trace in figure.data] == [True, True, False]
-    assert [note.text for note in figure.layout.annotations[:2]] == ["ratio same / different", "gain"]
-
-
-def test_evidence_leaves_out_what_has_no_value_and_draws_each_untrained_model() -> None:
-    spread = {"value": 0.6, "low": 0.5, "high": 0.8, "each": [0.5, 0.5, 0.8]}
-    table = [{"measure": "ratio", "loop": {"undefined": "one layer is looped"}, "untrained": spread}]
-    figure = evidence(table, {"loop": "LoopMDM", "untrained": "3 untrained LoopMDMs"})
-    mean, each = figure.data
-    assert mean.x == (0.6,)
-    assert each.x == (0.5, 0.5, 0.8)
-    assert set(each.y) == set(mean.y)
 
 
 def test_depths_are_named_by_layer_and_loop() -> None:

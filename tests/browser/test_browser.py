@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from studies.rerun import Rerun
-from studies.rerun import main as rerun
 from tests.browser.explorer import PAGES, PATIENCE_S, chromium, serve, settled
-from tests.small_zoo import make_zoo
+from tests.small_zoo import make_results, make_zoo
 
 pytestmark = pytest.mark.browser
 
@@ -26,8 +24,7 @@ PROBE = re.compile(r"/\w+/_stcore/(health|host-config)$")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("served")
     zoo = make_zoo(folder / "zoo")
-    assert rerun(Rerun(zoo=zoo, results=folder / "results", examples=16)) == 0
-    with serve(zoo, folder / "results") as url:
+    with serve(zoo, make_results(folder, zoo)) as url:
         yield url
 
 

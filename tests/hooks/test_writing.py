@@ -70,14 +70,14 @@ def test_results_say_which_study_they_are_of(tmp_path: Path) -> None:
     names, problems = list_results(tmp_path)
     assert [read_results(tmp_path / name).study for name in names] == list(SCRIPTS)
     assert not problems
-    with pytest.raises(ValueError, match="no study is called 'other'; there are stages"):
+    with pytest.raises(ValueError, match="no study is called 'other'; there are stage_test"):
         write_results(tmp_path / "other", study="other", verdict={}, datasets=data, html="")
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("name", "script"), [
     ("claims-text", "studies/claims.py"), ("length_generalization-automaton", "studies/length_generalization.py"),
-    ("mine", "studies/rerun.py")])
+    ("mine", "studies/stage_test.py")])
 def test_a_folder_without_a_verdict_is_made_by_what_its_name_says(tmp_path: Path, name: str, script: str) -> None:
     (tmp_path / name).mkdir()
     assert made_by(tmp_path / name) == f"python {script}"

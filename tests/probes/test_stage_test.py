@@ -193,6 +193,10 @@ def test_a_drifting_basis_is_asked_where_the_fixed_one_says_no():
     assert (found.regime, found.basis, found.letters) == ("iterating", "drifting", "AAAA")
     assert ruled(matrix("ABCD"), aligned=matrix("ABCD")).regime == "unrolled"
     assert ruled(matrix("ABCD"), aligned=matrix("ABCD", other=0.4)).regime == "undecided"
+    found = ruled(matrix("ABAB"), loops=(0, 4), aligned=matrix("ABAB", other=0.28))
+    assert (found.regime, found.letters, found.basis) == ("programme", "ABAB", "fixed"), "what τ shows stands"
+    found = ruled(matrix("ABAB"), loops=(0, 4), aligned=matrix("AAAA"))
+    assert (found.regime, found.basis) == ("iterating", "drifting")
     found = ruled(matrix("AAAA"), aligned=matrix("ABCD"))
     assert (found.regime, found.basis) == ("iterating", "fixed")
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import f_oneway
+from torch import Tensor
 
+from hooks import HookedLoopMDM
 from probes import stages
 from probes.cycles import own_loops, pseudo_loops
 from probes.intervals import NotDefinedError
@@ -185,3 +187,23 @@ def test_freezing_after_the_last_loop_is_the_model_itself_and_earlier_is_not():
     assert torch.equal(stages.frozen_attention(model, noised, cycle, after=2), logits.argmax(-1))
     changed = stages.frozen_attention(model, noised, cycle, after=0)
     assert not torch.equal(changed, logits.argmax(-1))
+
+
+def frozen_by_hand(model: HookedLoopMDM, noised: Tensor, n_loops: int, after: int, t: float | None = None) -> Tensor:
+    """Answers with every looped layer's pattern after loop ``after`` replaced by the one that it had there."""
+    sites = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in (1, 2)}
+    _, rec = model.run_with_cache(noised, n_loops, t=t)
+    edits = [(f"{site}@{k}", lambda x, hook, kept=rec[f"{site}@{after}"]: kept)
+             for site in sites.values() for k in range(after + 1, n_loops)]
+    return model.run_with_hooks(noised, n_loops, fwd_hooks=edits, t=t).argmax(-1)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_frozen_attention_keeps_the_patterns_of_the_loop_it_names(after: int) -> None:
+    model = small_model(2, vocab_size=40)
+    model.unembed_bias.data.zero_()
+    noised = torch.randint(0, 40, (16, 10), generator=torch.Generator().manual_seed(1))
+    cycle = own_loops(model.topology(4))
+    expected = {k: frozen_by_hand(model, noised, 4, k) for k in range(4)}
+    assert all(not torch.equal(expected[k], expected[after]) for k in range(4) if k != after)
+    assert torch.equal(stages.frozen_attention(model, noised, cycle, after=after), expected[after])

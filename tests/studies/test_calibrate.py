@@ -9,8 +9,16 @@ import pytest
 
 from studies.calibrate import Calibrate, main
 from studies.questions.calibrate.figures import figures
-from studies.questions.calibrate.judge import judge, lettered, outcome, regime_of_sequence, told_in_words, totals
-from studies.questions.calibrate.measure import CHANGED, FRESH, KEPT_TASK, SEEN, cases, run_case
+from studies.questions.calibrate.judge import (
+    judge,
+    lettered,
+    outcome,
+    regime_of_sequence,
+    told_in_words,
+    totals,
+    whole_calls,
+)
+from studies.questions.calibrate.measure import CHANGED, FRESH, KEPT_TASK, SEEN, SEEN_PROGRAMME, cases, run_case
 from studies.questions.calibrate.page import html_report, page
 from studies.questions.controls import CodecFailed, codec, load_codec, save_codec
 from studies.questions.controls.codec_files import CODECS, bundled_codecs
@@ -29,10 +37,13 @@ def row(truth, regime="", *, sequence="", letters="", n=16, kept=True, family="c
 
 
 PLANTED = [
-    row("programme", "iterating", sequence="BAAA", letters="ABBB", least_equal=0.97, largest_different=0.1),
-    row("programme", "programme", sequence="ABAB", letters="ABAB", n=32, least_equal=0.9, largest_different=0.05),
-    row("programme", "undecided", sequence="ABCD", letters="????", kept=False),
-    row("programme", "iterating", sequence="ABCD", letters="AAAA", n=32, largest_different=0.8),
+    row("programme", "iterating", sequence="BAAA", letters="ABBB", least_equal=0.97, largest_different=0.1,
+        control="a"),
+    row("programme", "programme", sequence="ABAB", letters="ABAB", n=32, least_equal=0.9, largest_different=0.05,
+        control="b"),
+    row("programme", "undecided", sequence="ABCD", letters="????", kept=False, control="c"),
+    row("programme", "iterating", sequence="ABCD", letters="AAAA", n=32, largest_different=0.8,
+        control="d"),
     row("nothing", "nothing", family="untrained", control="flat"),
     row("nothing", "iterating", family="untrained", control="deep"),
     row("settled", "settled", family="far loops"),
@@ -80,6 +91,15 @@ def test_totals_are_counted():
     assert (kept["n"], kept["right"], kept["wrong"], kept["undecided"]) == (8, 5, 2, 1)
     assert kept["right_of_decided"] == pytest.approx(5 / 7)
     assert totals([], True)["right_of_decided"] is None
+
+
+def test_calls_with_fewer_examples_count_by_examples_alone():
+    few = [row("programme", "undecided", sequence="AA", control="a"), row("programme", "iterating", sequence="AA",
+           letters="AA", n=64, control="a"), row("programme", "undecided", sequence="AB", control="b")]
+    assert [case["n"] for case in whole_calls(few)] == [64, 16]
+    found = judge(few)
+    assert (found["totals"]["kept"]["n"], found["totals"]["kept"]["undecided"]) == (2, 1)
+    assert [(size["value"], size["n"]) for size in found["sizes"]] == [(16, 2), (64, 1)]
 
 
 def test_every_sentence_is_made_from_the_rows():
@@ -139,7 +159,9 @@ def test_cases_are_told_apart_and_half_of_the_seeds_is_kept():
     for case in todo:
         odd = case.seed % 2 == 1
         seen = (case.control, case.seed, case.n) == SEEN
-        assert case.kept == ((odd and not seen) or case.control.startswith(KEPT_TASK) or case.control in FRESH)
+        fresh = case.control in FRESH and case.control != SEEN_PROGRAMME
+        assert case.kept == ((odd and not seen and case.control != SEEN_PROGRAMME)
+                             or case.control.startswith(KEPT_TASK) or fresh)
 
 
 def test_an_untrained_model_and_a_programme_come_out_right():
@@ -147,7 +169,7 @@ def test_an_untrained_model_and_a_programme_come_out_right():
     flat = run_case(todo["untrained: two layers, seed 7, 32 examples"])
     assert flat["regime"] in ("nothing", "undecided")
     assert outcome(flat) != "wrong"
-    made = run_case(todo["codec: AAAA, seed 1, 32 examples"])
+    made = run_case(todo["codec: AAAA, seed 1, 64 examples"])
     assert outcome(made) == "right"
     assert made["least_equal"] > 0.5
     json.dumps(made, allow_nan=False)

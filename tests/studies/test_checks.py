@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tyro
 
 from hooks import HookedLoopMDM
+from probes import stage_test
 from studies import zoo
 from studies.checks import at_least, noise_level
-from studies.questions.stages.operation import Setting
-from studies.rerun import Rerun
+from studies.stage_test import StageTest
 from tests.small_zoo import make_zoo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ def refusal(script: str, arguments: list[str], capsys: Any) -> str:
 
 
 def test_the_scripts_are_found():
-    assert {"rerun", "claims", "ablations", "length_generalization", "pretrain", "readme"} <= set(SCRIPTS)
+    assert {"stage_test", "claims", "ablations", "length_generalization", "pretrain", "readme"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("level", BAD_LEVELS)
@@ -58,14 +59,12 @@ def test_every_script_refuses_a_noise_level_that_is_none(script, level, capsys):
         assert "Unrecognized options: --t" in said
 
 
-def test_rerun_takes_noise_levels():
-    assert "t" in Rerun.__dataclass_fields__
-    for level in ("1", "0.5", "1e-3"):
-        assert tyro.cli(Rerun, args=["--t", level]).t == float(level)
+def test_the_stage_test_takes_noise_levels():
+    assert tyro.cli(StageTest, args=["--t", "1", "0.5", "1e-3"]).t == (1, 0.5, 1e-3)
 
 
 @pytest.mark.parametrize(("script", "arguments"), [
-    ("rerun", ["--examples", "1"]), ("rerun", ["--loops", "1"]), ("rerun", ["--untrained", "0"]),
+    ("stage_test", ["--per-level", "7"]), ("stage_test", ["--workers", "0"]), ("stage_test", ["--untrained", "-1"]),
     ("claims", ["--examples", "0"]), ("claims", ["--few", "0"]),
     ("ablations", ["--examples", "0"]),
     ("length_generalization", ["--examples", "0"]), ("length_generalization", ["--rows", "1", "8"]),
@@ -73,7 +72,7 @@ def test_rerun_takes_noise_levels():
 ])
 def test_counts_that_leave_nothing_to_measure_are_refused_by_name(script, arguments, capsys):
     said = refusal(script, arguments, capsys)
-    assert f"{arguments[0].removeprefix('--')} must be at least" in said
+    assert f"{arguments[0].removeprefix('--').replace('-', '_')} must be at least" in said
 
 
 @pytest.mark.parametrize("changes", [{"rows": ()}, {"loops": ()}])
@@ -84,10 +83,22 @@ def test_more_rows_needs_rows_and_loops(changes):
 
 @pytest.mark.parametrize("level", [float(level) for level in BAD_LEVELS])
 def test_the_library_refuses_such_levels_too_and_runs_no_model(level, tmp_path, monkeypatch):
-    models = zoo.triplet("automaton", "", make_zoo(tmp_path))
+    model = zoo.triplet("automaton", "", make_zoo(tmp_path))["loop"].model
+    monkeypatch.setattr(HookedLoopMDM, "enter", None)
+    tokens = torch.zeros(8, model.config.max_seq_len, dtype=torch.long)
+    with pytest.raises(ValueError, match="lies in"):
+        stage_test(model, tokens, targets=tokens, scored=tokens == 0, t=level)
+
+
+@pytest.mark.parametrize("script", ["stage_test", "claims", "ablations", "length_generalization", "calibrate",
+                                    "recipe"])
+def test_an_unwritable_folder_is_found_out_before_the_computation(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results").write_text("a file, where a folder should be")
+    settings = SCRIPTS[script](results=tmp_path / "results", **({"zoo": make_zoo(tmp_path / "zoo")} if script in (
+        "stage_test", "claims", "ablations", "length_generalization") else {}))
     monkeypatch.setattr(HookedLoopMDM, "forward", None)
-    with pytest.raises(ValueError, match="above 0 and at most 1"):
-        Setting.draw(models, n_examples=4, t=level, seed=0, n_untrained=2)
+    assert importlib.import_module(f"studies.{script}").main(settings) == 2
+    assert "nothing can be written to" in capsys.readouterr().err
 
 
 def test_the_checks_name_what_is_wrong():

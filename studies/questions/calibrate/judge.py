@@ -79,11 +79,21 @@ def truth_name(row: Row) -> str:
 
 def judge(rows: Sequence[Row]) -> dict[str, Any]:
     """Tables, criteria and sentences of the calibration, for JSON."""
-    confusion = [_confusion(rows, kept) for kept in (True, False)]
-    found = {"confusion": confusion, "totals": {"kept": totals(rows, True), "looked at": totals(rows, False)},
-             "sizes": _by(rows, "n", ("codec", "fresh codec")), "families": _by(rows, "family", None),
+    whole = whole_calls(rows)
+    confusion = [_confusion(whole, kept) for kept in (True, False)]
+    found = {"confusion": confusion, "totals": {"kept": totals(whole, True), "looked at": totals(whole, False)},
+             "sizes": _by(rows, "n", ("codec", "fresh codec")), "families": _by(whole, "family", None),
              "dials": _dials(rows)}
     return {"criteria": criteria(rows), "words": told_in_words(rows), **found}
+
+
+def whole_calls(rows: Sequence[Row]) -> list[Row]:
+    """The calls of each control with the most examples; calls with fewer count in the table by examples alone."""
+    most: dict[tuple[str, str], int] = {}
+    for row in rows:
+        at = (row["family"], row["control"])
+        most[at] = max(most.get(at, 0), row["n"])
+    return [row for row in rows if row["n"] == most[row["family"], row["control"]]]
 
 
 def totals(rows: Iterable[Row], kept: bool | None = None) -> dict[str, Any]:
@@ -98,7 +108,7 @@ def totals(rows: Iterable[Row], kept: bool | None = None) -> dict[str, Any]:
 
 def criteria(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """What was asked of the test, what came out on the kept cases, and whether that holds."""
-    kept = totals(rows, True)
+    kept = totals(whole_calls(rows), True)
     untrained = [row for row in rows if row["truth"] == "nothing"]
     false = sum(outcome(row) == "wrong" for row in untrained)
     shapes = len({row["control"] for row in untrained})
@@ -128,7 +138,7 @@ def told_in_words(rows: Sequence[Row]) -> list[str]:
     """What may be quoted; every number is counted here."""
     told = []
     for kept, name in ((True, "On what had no part in making the rule"), (False, "On what was looked at")):
-        if (t := totals(rows, kept))["n"]:
+        if (t := totals(whole_calls(rows), kept))["n"]:
             told.append(f"{name}, {t['n']} calls with a known truth: {t['right']} right, {t['wrong']} wrong, "
                         f"{t['undecided']} undecided{_of_decided(t)}.")
     if untrained := [row for row in rows if row["truth"] == "nothing"]:

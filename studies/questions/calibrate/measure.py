@@ -59,18 +59,20 @@ TASKS = ("automaton", "sudoku", KEPT_TASK)
 VARIANT = {"sudoku": "-6x6"}
 """Tasks whose zoo models are operated on, and which variant of them."""
 
-FRESH = ("EEEE", "EFGH", "EFEF", "EEFF", "FEEE", "GFHF")
+FRESH = ("EEEE", "EFGH", "EFEF", "EEFF", "FEEE", "GFHF", "HGEG")
 """Programmes that are trained here, of operations that the rule had not seen, on 9 bits. (On a ring of 8, four times E
 gives zeros whatever the bits are, and F before three times E changes nothing: a first run had these truths wrong, and
 the test was right to call them nothing, and loop 0 idle.)"""
 EXAMPLES = 32
-"""Examples of a call, unless their number is what is varied."""
+"""Examples of a call on models of tasks, each with many positions."""
+PROGRAMME_EXAMPLES = 64
+"""Examples of a call on a codec, each a single position, unless their number is what is varied."""
 SIZES = (16, 32, 64)
 SWEPT = ("AAAA", "ABAB", "ABCD")
 """Numbers of examples, and the codecs of which they, and the noise on the clock, are varied."""
 TURNED = ("AAAA-turned", "ABCD-turned")
 """Codecs of which numbers of examples are varied too: a basis has to be fitted."""
-IDLE_TASKS = ("pointer", "text")
+IDLE_TASKS = ("text",)
 """Tasks on which the zoo's models were found to gain hardly anything by their loops."""
 CUT = (("automaton", 0), (KEPT_TASK, 1))
 """Task and seed of what is operated on."""
@@ -95,11 +97,17 @@ CHANGED = (
     "have 9 bits now. EFGH and GFHF were undecided before and after.",
     "Weights per loop were to count as changing, and their MLPs on automaton came out as iterating. Nothing forces "
     "them to change; they are listed and not counted.",
+    "The number of examples: 32 in a first run, in which 14 of 57 kept calls were undecided, most of them on codecs of "
+    "which an example has a single position. It is 64 now, and calls with 16 and 32 show what fewer give.",
+    "The rule: GFHF was undecided although τ as it stands had decided every pair, because a fitted basis decided "
+    "nothing. A programme that τ shows now stands in that case. GFHF counts as looked at, and HGEG was added.",
     "The gated copy: scales of norms were folded into weights, whose rounding moved τ of the sudoku twin by 5e-4.",
 )
 """What was changed after results of this study had been seen, in the order in which it was."""
 SEEN = ("AAAA", 1, 16)
 """Codec, seed and examples of a kept call that was seen, and had a part in the rule."""
+SEEN_PROGRAMME = "GFHF"
+"""A fresh programme that was seen, and had a part in the rule; HGEG took its place."""
 
 Truth = Literal["programme", "own weights", "never the same", "settled", "nothing", "idle", "dial", "identity",
                 "shuffled"]
@@ -112,7 +120,7 @@ SURGERY: tuple[tuple[str, str, Truth], ...] = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class Prepared:
     """A model with examples for it."""
 
     model: LoopedModel
@@ -162,8 +170,8 @@ def _on_codecs(codecs: Path) -> list[Case]:
         subject = functools.partial(_bundled, str(codecs / name))
         sequence = subject().sequence
         slow = "positions" in name
-        sizes = [(seed, EXAMPLES) for seed in ((1,) if slow else (0, 1))] + [(seed, n) for seed in (0, 1) for n in SIZES
-                                                        if n != EXAMPLES and name in (*SWEPT, *TURNED)]
+        sizes = [(seed, PROGRAMME_EXAMPLES) for seed in ((1,) if slow else (0, 1))]
+        sizes += [(seed, n) for seed in (0, 1) for n in SIZES if n != PROGRAMME_EXAMPLES and name in (*SWEPT, *TURNED)]
         made += [Case(name, "codec", "programme", sequence, seed, n, _odd(seed) and (name, seed, n) != SEEN, subject)
                  for seed, n in sizes]
         made += [Case(name, "shuffled content", "shuffled", sequence, seed, 64, _odd(seed), subject)
@@ -172,7 +180,8 @@ def _on_codecs(codecs: Path) -> list[Case]:
 
 
 def _on_fresh() -> list[Case]:
-    return [Case(sequence, "fresh codec", "programme", sequence, seed, EXAMPLES, True,
+    return [Case(sequence, "fresh codec", "programme", sequence, seed, PROGRAMME_EXAMPLES,
+                 sequence != SEEN_PROGRAMME,
                  functools.partial(_fresh, sequence, seed))
             for seed in (1, 3) for sequence in FRESH]
 
@@ -198,10 +207,11 @@ def _on_tasks(zoo: Path) -> list[Case]:
 
 
 def _on_dials(zoo: Path, codecs: Path) -> list[Case]:
-    made = [Case("A, B mixed into A, A", "mixture of two operations", "dial", "AMA", seed, EXAMPLES, _odd(seed),
+    made = [Case("A, B mixed into A, A", "mixture of two operations", "dial", "AMA", seed, PROGRAMME_EXAMPLES,
+                 _odd(seed),
                  functools.partial(_mixed, share, seed), share)
             for seed in (0, 1) for share in MIXED]
-    made += [Case(name, "noise on the clock", "dial", name, seed, EXAMPLES, _odd(seed),
+    made += [Case(name, "noise on the clock", "dial", name, seed, PROGRAMME_EXAMPLES, _odd(seed),
                   functools.partial(_bundled, str(codecs / name), noise), noise)
              for name in SWEPT for seed in (1,) for noise in NOISE if (codecs / name).is_dir()]
     there = functools.partial(_entry, str(zoo), "automaton")
@@ -231,7 +241,7 @@ def run_case(case: Case) -> dict[str, Any]:
     return row | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def _tested(subject: Subject, case: Case) -> dict[str, Any]:
+def _tested(subject: Prepared, case: Case) -> dict[str, Any]:
     inputs, targets, scored = subject.examples(case.n, 100 + case.seed)
     verdict = stage_test(subject.model, inputs, targets=targets, scored=scored, **subject.options)
     row = verdict.rows()[0]
@@ -260,7 +270,7 @@ def _extreme(case: Case, matrix: np.ndarray | None, equal: bool) -> float | None
     return None if not len(chosen) else _number(chosen.min() if equal else chosen.max())
 
 
-def _apart(one: Subject, other: Subject, *, n: int, seed: int) -> dict[str, Any]:
+def _apart(one: Prepared, other: Prepared, *, n: int, seed: int) -> dict[str, Any]:
     """The largest differences between two models that compute the same: of logits, and of τ of loops and of layers."""
     inputs, _, scored = one.examples(n, 100 + seed)
     with torch.no_grad():
@@ -280,7 +290,7 @@ def _apart(one: Subject, other: Subject, *, n: int, seed: int) -> dict[str, Any]
     return found
 
 
-def _shuffled(subject: Subject, case: Case) -> dict[str, Any]:
+def _shuffled(subject: Prepared, case: Case) -> dict[str, Any]:
     """τ where each exchange works on the content of another example: the mean and the largest over pairs."""
     inputs, _, scored = subject.examples(case.n, 100 + case.seed)
     cycle = own_loops(subject.model.topology())
@@ -326,7 +336,7 @@ TRIES = 3
 
 
 @dataclass(frozen=True)
-class _Programme(Subject):
+class _Programme(Prepared):
     sequence: str = ""
 
     @classmethod
@@ -338,17 +348,17 @@ class _Programme(Subject):
         return cls(made.model(), examples, {}, made.accuracy, made.truth)
 
 
-def _of_task(model: LoopedModel, task: Task, **options: Any) -> Subject:
+def _of_task(model: LoopedModel, task: Task, **options: Any) -> Prepared:
     def examples(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         batch = task.sample(n, seed=seed, split="test")
         noised = corrupt(batch.tokens, T, task.mask_token_id, free=batch.free,
                          generator=torch.Generator().manual_seed(seed))
         return noised, batch.tokens, noised == task.mask_token_id
 
-    return Subject(model, examples, options)
+    return Prepared(model, examples, options)
 
 
-def _untrained(shape: str, seed: int, task: Task) -> Subject:
+def _untrained(shape: str, seed: int, task: Task) -> Prepared:
     return _of_task(untrained(shape, seed, task=task), task)
 
 
@@ -358,36 +368,36 @@ def _entry(zoo: str, task: str, kind: str = "loop") -> tuple[HookedLoopMDM, Task
     return entry.model, entry.task
 
 
-def _gated(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> tuple[Subject, Subject]:
+def _gated(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> tuple[Prepared, Prepared]:
     (loop, task), (deep, _) = there(), there("deep")
     period = loop.config.n_loop_layers
     return (_of_task(gated_copy(deep, period), task), _of_task(deep, task, layers_per_loop=period))
 
 
-def _disguised(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> tuple[Subject, Subject]:
+def _disguised(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> tuple[Prepared, Prepared]:
     loop, task = there()
     return (_of_task(loop, task, n_loops=LOOPS),
             _of_task(unrolled_copy(loop, LOOPS), task, layers_per_loop=loop.config.n_loop_layers))
 
 
-def _far(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> Subject:
+def _far(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> Prepared:
     loop, task = there()
     late = far_loops(loop)
     return _of_task(loop, task, n_loops=late[1], loop_ranges=(late,))
 
 
-def _idle(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> Subject:
+def _idle(there: Callable[..., tuple[HookedLoopMDM, Task]]) -> Prepared:
     loop, task = there()
     return _of_task(loop, task, n_loops=LOOPS)
 
 
-def _leaking(there: Callable[..., tuple[HookedLoopMDM, Task]], leak: float) -> Subject:
+def _leaking(there: Callable[..., tuple[HookedLoopMDM, Task]], leak: float) -> Prepared:
     (loop, task), (deep, _) = there(), there("deep")
     return _of_task(gated_copy(deep, loop.config.n_loop_layers, leak=leak), task)
 
 
 @functools.lru_cache(maxsize=1)
-def _cut(there: Callable[..., tuple[HookedLoopMDM, Task]], what: str, seed: int, share: float = 1.0) -> Subject:
+def _cut(there: Callable[..., tuple[HookedLoopMDM, Task]], what: str, seed: int, share: float = 1.0) -> Prepared:
     loop, task = there()
     batches = task_batches(task, batch_size=16, seed=seed)
     if what == "counter":

@@ -19,7 +19,8 @@ ASKED = ("Every control below is a model whose truth is known by construction: p
          "(codecs), a looped block that computes what an unlooped model computes and the reverse, loops far beyond "
          "training, untrained models; and some between two truths. The stage test is called on each without being "
          "told. *Kept* calls had no part in making the rule: odd seeds, programmes of the operations E to H, and all "
-         "surgery on the task arithmetic (`studies/questions/calibrate/measure.py` has the list).")
+         "surgery on the task arithmetic (`studies/questions/calibrate/measure.py` has the list). Where the number of "
+         "examples is varied, calls with fewer than the most count in the row on examples alone.")
 
 
 def page(stored: Mapping[str, Any], pictures: tuple[str, ...] = ()) -> str:

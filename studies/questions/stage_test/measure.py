@@ -1,6 +1,6 @@
 """Run the stage test on every subject, a process per core, and keep each verdict as soon as it is there.
 
-    found = measure(zoo_subjects("zoo"), settings, kept=Path("runs/stage_test"), workers=2)
+    found = measure(zoo_subjects("zoo"), Settings(), kept=Path("runs/stage_test"), workers=2)
 
 A verdict that was kept for the same weights, settings and thresholds is not computed again.
 """
@@ -27,7 +27,7 @@ from hooks.writing import written_whole
 from probes import stage_test
 from probes.stage_test import Verdict
 from probes.thresholds import THRESHOLDS
-from studies.questions.stage_test.subjects import Examples, Subject
+from studies.questions.stage_test.subjects import LEVELS, Examples, Subject
 
 VERSION = 1
 """Changes when what is measured changes, so that nothing older is taken for it."""
@@ -37,7 +37,8 @@ VERSION = 1
 class Settings:
     """How every subject is tested."""
 
-    per_level: int = 32        # examples at each noise level
+    per_level: int = 24        # examples at each noise level
+    levels: tuple[float, ...] = LEVELS
     seed: int = 0              # of examples, masks and resampling
 
 
@@ -63,17 +64,18 @@ def measure(subjects: Sequence[Subject], settings: Settings, *, kept: Path, work
 def _one(subject: Subject, settings: Settings, threads: int | None) -> dict[str, Any]:
     if threads is not None:
         torch.set_num_threads(threads)
-    return test(subject, settings)
+    return tested(subject, settings)
 
 
-def test(subject: Subject, settings: Settings) -> dict[str, Any]:
+def tested(subject: Subject, settings: Settings) -> dict[str, Any]:
     """The stage test of one subject: the range that is judged at every noise level, and loops far beyond training."""
     began = time.monotonic()
     models = subject.load()
-    drawn = subject.examples(settings.per_level, settings.seed)
+    levels = settings.levels[:1] if subject.kind == "deep" else settings.levels   # a fitted basis is most of the time
+    drawn = subject.examples(settings.per_level, settings.seed, levels)
     n_loops = subject.n_loops
     if n_loops is None and subject.layers_per_loop is None:
-        n_loops = needed_loops(models, subject.examples(settings.per_level, settings.seed + 1))
+        n_loops = needed_loops(models, subject.examples(settings.per_level, settings.seed + 1, levels))
     near = _verdict(subject, models, drawn, n_loops=n_loops, settings=settings)
     told = {"name": subject.name, "kind": subject.kind, "about": subject.about, "seeds": list(subject.seeds),
             "entries": list(subject.entries), "n_loops": n_loops, "verdict": near.to_dict()}

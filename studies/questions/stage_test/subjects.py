@@ -1,7 +1,7 @@
 """What the stage test is asked about: models of the zoo by group and kind, and looped models of other makers.
 
     for subject in zoo_subjects("zoo"):
-        subject.name, subject.kind, len(subject.models)       # "automaton", "loop", 6
+        subject.name, subject.kind, len(subject.seeds)        # "automaton", "loop", 6
 
 A group's models of all training seeds are one subject, so that its intervals tell seeds and examples apart. A deep twin
 is cut into pseudo-loops of as many layers as the LoopMDM loops: what no shared weight forces to repeat.
@@ -28,15 +28,15 @@ from studies.results import file_hash
 from studies.tasks import Task, load_task
 from studies.zoo import load_whole, names, read_card
 
-SubjectKind = Literal["control", "loop", "deep", "untrained"]
+SubjectKind = Literal["control", "loop", "deep", "foreign", "untrained"]
 
 CODECS = ("AAAA", "ABCD")
 """Controls that are shown beside the zoo: blocks built to run these programmes (`studies.questions.controls`)."""
 UNTRAINED_LOOPS = 4
 
 LEVELS = (0.9, 1.0, 0.5)
-"""Noise levels that are judged apart, the main one first. Where few positions are masked, later loops have little to
-do; where all are, a position's mean state also tells how far the answer has come."""
+"""Noise levels that are judged apart by default, the main one first. Where few positions are masked, later loops have
+little to do; where all are, a position's mean state also tells how far the answer has come."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Subject:
     kind: SubjectKind
     about: str                                  # in words
     load: Callable[[], list[LoopedModel]]
-    examples: Callable[[int, int], Examples]    # (per level, seed) →
+    examples: Callable[[int, int, Sequence[float]], Examples]    # (per level, seed, levels) →
     seeds: tuple[int, ...] = (0,)               # training seeds of the models
     n_loops: int | None = None                  # in one forward; None: as many as the answer needs
     layers_per_loop: int | None = None          # pseudo-loops of an unlooped model
@@ -100,10 +100,11 @@ def zoo_subjects(zoo: str | Path) -> list[Subject]:
 
 
 def codec_subjects(folder: str | Path) -> list[Subject]:
-    """Blocks whose programme is known, from the zoo of codecs."""
+    """Blocks whose programme is known, from the zoo of codecs; those that are not there are left out."""
     return [Subject(name, "control", f"looped block built to run {name}", partial(_codec, Path(folder) / name),
                     partial(_codec_examples, Path(folder) / name), n_loops=len(name),
-                    identity=file_hash(Path(folder) / name / "model.safetensors")[:12]) for name in CODECS]
+                    identity=file_hash(Path(folder) / name / "codec.safetensors")[:12])
+            for name in CODECS if (Path(folder) / name / "codec.safetensors").is_file()]
 
 
 def _codec(folder: Path) -> list[LoopedModel]:
@@ -112,8 +113,8 @@ def _codec(folder: Path) -> list[LoopedModel]:
                   readout=module.readout)]
 
 
-def _codec_examples(folder: Path, per_level: int, seed: int) -> Examples:
-    codec, n = load_codec(folder), per_level * len(LEVELS)
+def _codec_examples(folder: Path, per_level: int, seed: int, levels: Sequence[float]) -> Examples:
+    codec, n = load_codec(folder), max(64, per_level * len(levels))   # an example is a single position
     targets = codec.targets(n, seed=seed)
     return Examples(codec.inputs(n, seed=seed), targets, torch.ones_like(targets, dtype=torch.bool), None)
 
@@ -140,20 +141,22 @@ def _loaded(entries: tuple[str, ...], zoo: Path) -> list[LoopedModel]:
     return [entry.model for entry in load_whole(zoo / name for name in entries).values()]
 
 
-def _drawn(task: dict[str, Any], per_level: int, seed: int) -> Examples:
-    return task_examples(load_task(task), per_level, seed)
+def _drawn(task: dict[str, Any], per_level: int, seed: int, levels: Sequence[float]) -> Examples:
+    return task_examples(load_task(task), per_level, seed, levels)
 
 
 def _identity(entries: list[str], zoo: str | Path) -> str:
     return " ".join(file_hash(Path(zoo) / name / "model.safetensors")[:12] for name in entries)
 
 
-def untrained_subjects(zoo: str | Path, *, n: int) -> list[Subject]:
-    """``n`` untrained initialisations of the shape of each group's looped model, tested one by one."""
+def untrained_subjects(zoo: str | Path, *, n: int, groups: Sequence[str] = ()) -> list[Subject]:
+    """``n`` untrained initialisations of the shape of each task's looped model (of some), tested one by one."""
     cards = {name: read_card(Path(zoo) / name) for name in names(zoo)}
     found = []
     for name, card in cards.items():
         if card["kind"] != "loop" or card["seed"] != 0 or without_seed(str(card.get("variant", ""))):
+            continue
+        if groups and card["task"]["name"] not in groups:
             continue
         for seed in range(n):
             found.append(Subject(f"{group_name(card['task']['name'], '')}, initialisation {seed}", "untrained",

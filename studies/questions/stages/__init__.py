@@ -1,1 +1,0 @@
-"""What is alike from loop to loop, and does the content advance?"""
