@@ -45,7 +45,7 @@ BOUND_ONLY = {
     "hooks/foreign/loopify.py", "hooks/foreign/watching.py", "hooks/foreign/replay.py", "hooks/foreign/discovery.py",
     "studies/questions/claims/measure.py", "studies/questions/recipe/measure.py", "studies/training/run.py",
     "studies/questions/ablations/measure.py", "studies/questions/length_generalization/measure.py",
-    "studies/questions/stage_test/measure.py",                                           # train or measure
+    "studies/questions/stage_test/measure.py", "studies/questions/choices/measure.py",   # train or measure
     "probes/alignment.py", "probes/calibration.py", "probes/gains.py", "probes/stage_rule.py",
     "probes/stage_test.py", "probes/stage_text.py",
     *(f"studies/questions/controls/{name}.py" for name in (
@@ -316,6 +316,8 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "studies/questions/calibrate/page.py": lambda: {"stored": {
             "found": judge_calibration([calibrated]), "thresholds": {"date": "today"},
             "provenance": {"program": "python studies/calibrate.py", "seconds": 1.0}}},
+        "studies/questions/choices/page.py": lambda: {"rows": [{"subject": "automaton", "choice": "all masked",
+                                                                "value": 0.9, "each": [0.9]}]},
         "studies/questions/controls/operations.py": lambda: {"bits": torch.randint(0, 2, (3, 12))},
         "studies/questions/recipe/judge.py": lambda: {"runs": runs},
         "studies/questions/recipe/page.py": lambda: {"runs": runs},

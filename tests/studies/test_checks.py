@@ -91,7 +91,7 @@ def test_the_library_refuses_such_levels_too_and_runs_no_model(level, tmp_path, 
 
 
 @pytest.mark.parametrize("script", ["stage_test", "claims", "ablations", "length_generalization", "calibrate",
-                                    "recipe"])
+                                    "recipe", "choices"])
 def test_an_unwritable_folder_is_found_out_before_the_computation(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "results").write_text("a file, where a folder should be")
     settings = SCRIPTS[script](results=tmp_path / "results", **({"zoo": make_zoo(tmp_path / "zoo")} if script in (
