@@ -51,7 +51,9 @@ def _stage_test(results: Results) -> None:
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
     rows = pd.DataFrame(stage_test_page.rows_for_table(verdict))
     for name, (title, what, drawn) in stage_test_figures(verdict["found"], verdict["main"]).items():
-        drawn = styled(drawn, height=int(drawn.layout.height)).update_layout(width=None, legend=LEGEND)
+        own = drawn.layout.to_plotly_json()
+        drawn = styled(drawn, height=int(own["height"])).update_layout(width=None, legend=own["legend"],
+                                                                       margin=own["margin"])
         show.figure(drawn, what, name=name, title=title, table=lambda: rows)
     st.header("Every subject", anchor=False)
     st.dataframe(rows, hide_index=True, width="stretch",
@@ -62,10 +64,6 @@ def _stage_test(results: Results) -> None:
         st.markdown("\n".join(f"- {sentence}" for sentence in verdict["open"]) or "Nothing.")
     st.caption("Limits. " + " ".join(stage_test_page.LIMITS))
     _provenance(results)
-
-
-LEGEND = {"y": 1, "yref": "container", "yanchor": "top"}
-"""Above the figure, whatever its height."""
 
 
 def _chosen() -> Results:

@@ -72,14 +72,17 @@ def figures(found: Mapping[str, Mapping[str, Any]], main: str) -> Drawn:
     if curves:
         drawn["gains"] = ("What each loop adds, and its nulls",
                           "NLL per scored position after a number of loops (solid), on the straight line through the "
-                          "first two states (dotted), and where loop 0's state is fed again and again (dashed).",
+                          "states after loops 1 and 2 (dotted), and with loop 0 in the place of every later loop "
+                          "(dashed: the model itself, where loops share weights and are not told apart).",
                           gains_figure(found, curves))
     return drawn
 
 
 def matrices(shown: Sequence[tuple[Any, ...]]) -> go.Figure:
     """τ matrices side by side: (title, matrix) or (title, matrix, labels) each."""
-    figure = make_subplots(1, len(shown), subplot_titles=[title for title, *_ in shown], horizontal_spacing=0.06)
+    named = any(len(part) > 2 for part in shown)
+    figure = make_subplots(1, len(shown), subplot_titles=[title for title, *_ in shown],
+                           horizontal_spacing=0.14 if named else 0.06)
     for column, (_, values, *labels) in enumerate(shown, start=1):
         tau = np.clip(_array(values), -1, 1)
         names = labels[0] if labels else [str(k) for k in range(len(tau))]
@@ -93,15 +96,16 @@ def matrices(shown: Sequence[tuple[Any, ...]]) -> go.Figure:
                             showgrid=False, row=1, col=column)
     figure.update_layout(coloraxis={"colorscale": AROUND_ZERO, "cmin": -100, "cmax": 100,
                                     "colorbar": {"title": "τ × 100", "thickness": 12}})
-    laid_out(figure, "", "", width=300 * len(shown) + 90, height=370)
-    return figure.update_annotations(font_size=13)
+    laid_out(figure, "", "", width=(430 if named else 300) * len(shown) + 90, height=460 if named else 370)
+    return figure.update_annotations(font_size=13).update_xaxes(tickangle=90 if named else 0)
 
 
 def overview(found: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Mean τ of every subject with its interval, a row each."""
-    known = [told for told in found if told["verdict"]["table"][0].get("tau") is not None
-             and told["verdict"]["table"][0]["work_decision"] != "below"]
-    names = [f"{told['name']} ({len(told['seeds'])})" if len(told["seeds"]) > 1 else told["name"] for told in known]
+    known = sorted((told for told in found if told["verdict"]["table"][0].get("tau") is not None
+                    and told["verdict"]["table"][0]["work_decision"] != "below"),
+                   key=lambda told: list(_KINDS).index(told["kind"]))
+    names = [_named(told) for told in known]
     figure = go.Figure()
     for kind in dict.fromkeys(told["kind"] for told in known):
         rows = [i for i, told in enumerate(known) if told["kind"] == kind]
@@ -127,7 +131,7 @@ _KINDS = {"control": "built to run AAAA, ABCD", "loop": "LoopMDM", "deep": "unlo
 
 
 CURVES = (("prefix", "solid", "the model", BLUE), ("line", "dot", "straight line", FAINT),
-          ("repeat", "dash", "loop 0's state again", VERMILLION))
+          ("repeat", "dash", "loop 0 every time", VERMILLION))
 """Curve, dash, name and colour of what is drawn over numbers of loops."""
 
 
@@ -143,13 +147,20 @@ def gains_figure(found: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) ->
                                    showlegend=column == 1, line={"dash": dash, "color": colour}, row=1, col=column)
         figure.update_xaxes(title_text="loops", dtick=1, row=1, col=column)
     figure.update_yaxes(title_text="NLL [nat]", rangemode="tozero", col=1)
-    return laid_out(figure, "", "", width=420 * len(keys) + 40, height=360)
+    laid_out(figure, "", "", width=420 * len(keys) + 40, height=400)
+    return figure.update_layout(legend={"y": -0.22, "yanchor": "top"}, margin={"b": 110})
 
 
 def _title(told: Mapping[str, Any]) -> str:
     if told["kind"] == "control":
         return str(told["name"])
     return f"{told['name']}: {'LoopMDM' if told['kind'] == 'loop' else 'deep twin'}"
+
+
+def _named(told: Mapping[str, Any]) -> str:
+    """Name, kind where the name does not tell, and number of training seeds."""
+    seeds = f" ({len(told['seeds'])} seeds)" if len(told["seeds"]) > 1 else ""
+    return f"{told['name']}{', deep twin' if told['kind'] == 'deep' else ''}{seeds}"
 
 
 def _by_layer(stages: Mapping[str, Any]) -> tuple[list[list[float]], list[str]]:

@@ -31,7 +31,7 @@ Found = Mapping[str, Mapping[str, Any]]
 
 def judge(found: Found, *, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     """The findings as plain data: the answer, its sentences, what is open, and a row per subject and cell."""
-    rows = [subject_row(told) for told in found.values()]
+    rows = sorted(map(subject_row, found.values()), key=lambda row: list(KINDS.values()).index(row["kind"]))
     main = main_group(found)
     sentences = [*_on_main(found, main), _on_groups(found, "loop", "trained LoopMDMs"),
                  _on_groups(found, "deep", "unlooped deep twins"), *_on_foreign(found), *_on_untrained(found),
