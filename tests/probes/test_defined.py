@@ -146,7 +146,7 @@ def test_states_that_never_change_have_defined_values(name: str, make: Callable[
     checked(PROBES[name](make(), small_tokens(batch=6)))
 
 
-@pytest.mark.parametrize("where", ["embed.weight", "unembed", "blocks.2.mlp.down.weight"])
+@pytest.mark.parametrize("where", ["embed.weight", "unembed"])
 @pytest.mark.parametrize("name", PROBES)
 def test_nan_weights_are_an_error_that_says_so(name: str, where: str) -> None:
     model = small_model()

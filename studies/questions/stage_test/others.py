@@ -20,6 +20,8 @@ from studies.questions.stage_test.subjects import Examples, Subject
 VOCAB, LENGTH, MASK = 50, 24, 4
 """Tokens, positions and the mask token of models that were drawn at random."""
 LOOPS = 4
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+"""Attention that returns its weights."""
 SHARE_MASKED = 0.3
 
 LOOPED, TIMES = (3, 4), 3
@@ -59,7 +61,7 @@ def _albert() -> list[LoopedModel]:
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     config = AlbertConfig(vocab_size=VOCAB, embedding_size=32, hidden_size=64, num_attention_heads=4, pad_token_id=0,
-                          intermediate_size=128, num_hidden_layers=LOOPS, attn_implementation="eager")
+                          intermediate_size=128, num_hidden_layers=LOOPS, **EAGER)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return [adopt(AlbertForMaskedLM(config).eval(), tokenizer=_MaskOnly())]
@@ -69,7 +71,7 @@ def _hrm_text() -> list[LoopedModel]:
     from transformers import HrmTextConfig, HrmTextForCausalLM
 
     config = HrmTextConfig(vocab_size=VOCAB, hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=128,
-                           num_layers_per_stack=2, H_cycles=LOOPS, L_cycles=2, attn_implementation="eager")
+                           num_layers_per_stack=2, H_cycles=LOOPS, L_cycles=2, **EAGER)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return [adopt(HrmTextForCausalLM(config).eval())]
@@ -104,7 +106,7 @@ def _antiberty(folder: Path) -> list[LoopedModel]:
     known = set(BertConfig().to_dict()) - {"architectures", "model_type", "transformers_version"}
     settings: dict[str, Any] = json.loads((files / "config.json").read_text())
     bert = BertForMaskedLM(BertConfig(**{key: value for key, value in settings.items() if key in known},
-                                      attn_implementation="eager"))
+                                      **EAGER))
     state = torch.load(files / "pytorch_model.bin", map_location="cpu", weights_only=True)
     if missing := bert.load_state_dict(state, strict=False).missing_keys:
         raise ValueError(f"{files} lacks the weights {', '.join(missing)}: `make specimens` downloads them again.")
