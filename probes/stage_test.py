@@ -59,8 +59,9 @@ BANDS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
 FEW_LEVELS = 4
 """So many noise levels, or fewer, are judged one by one."""
 
-LAYER_LOOPS = 4
-"""Loops of a range whose single layers are exchanged, at most; evenly spread."""
+LAYER_LOOPS, LAYER_PLACES = 4, 12
+"""Loops of a range whose single layers are exchanged, at most, and layers of all of them together (but two loops at
+least); evenly spread."""
 
 FIT_POSITIONS = 2048
 """Positions that fit the maps of a drifting basis: at least half of the examples, at most three in four. The others
@@ -218,7 +219,8 @@ class _Measured:
             layers = loops
         else:
             few = _spread(len(cell.rows), LAYER_EXAMPLES)
-            chosen = [ranges[0][0] + i for i in _spread(ranges[0][1] - ranges[0][0], LAYER_LOOPS).tolist()]
+            most = min(LAYER_LOOPS, max(2, LAYER_PLACES // cycle.n_layers))
+            chosen = [ranges[0][0] + i for i in _spread(ranges[0][1] - ranges[0][0], most).tolist()]
             labels = cycle.labels("layer")
             pairs = np.array([[k in chosen and other in chosen and k != other for other, _ in labels]
                               for k, _ in labels])

@@ -6,8 +6,8 @@
 
 Subjects are the LoopMDMs of each task (all training seeds together), their deep twins cut into pseudo-loops, two
 blocks built to run AAAA and ABCD, untrained models, and looped models that nobody here made. Each is judged at three
-noise levels (deep twins at the first), and the LoopMDMs also at loops far beyond training. Every verdict is kept in
-runs/stage_test as soon as it is there; a run that is killed goes on from them. Writes results/stage_test/:
+noise levels (deep twins and ablations at the first), and the LoopMDMs also at loops far beyond training. Every verdict
+is kept in runs/stage_test as soon as it is there; a run that is killed goes on from them. Writes results/stage_test/:
 verdict.json, measurements.nc, report.html and matrices.svg.
 """
 

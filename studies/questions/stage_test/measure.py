@@ -71,7 +71,7 @@ def tested(subject: Subject, settings: Settings) -> dict[str, Any]:
     """The stage test of one subject: the range that is judged at every noise level, and loops far beyond training."""
     began = time.monotonic()
     models = subject.load()
-    levels = settings.levels[:1] if subject.kind == "deep" else settings.levels   # a fitted basis is most of the time
+    levels = settings.levels if subject.whole else settings.levels[:1]
     drawn = subject.examples(settings.per_level, settings.seed, levels)
     n_loops = subject.n_loops
     if n_loops is None and subject.layers_per_loop is None:

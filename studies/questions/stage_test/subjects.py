@@ -62,6 +62,7 @@ class Subject:
     n_loops: int | None = None                  # in one forward; None: as many as the answer needs
     layers_per_loop: int | None = None          # pseudo-loops of an unlooped model
     far: tuple[int, int] | None = None          # a range of loops beyond training, judged beside
+    whole: bool = True                          # at every noise level, or at the first alone
     identity: str = ""                          # changes with the weights
     entries: tuple[str, ...] = field(default=())
 
@@ -124,9 +125,10 @@ def _looped(group: str, entries: list[str], cards: Mapping[str, dict[str, Any]],
     s_max = int(top["max_loops"])
     seeds = tuple(int(cards[name]["seed"]) for name in entries)
     layers = f"{top['loop']} looped layer{'s' * (top['loop'] != 1)}"
+    whole = not str(cards[entries[0]].get("variant", "")).startswith("ablation")   # those are large, and many
     return Subject(group, "loop", f"LoopMDM, {layers}, S_max = {s_max}", partial(_loaded, tuple(entries), Path(zoo)),
-                   partial(_drawn, cards[entries[0]]["task"]), seeds, None, None, (2 * s_max, 2 * s_max + 2),
-                   _identity(entries, zoo), tuple(entries))
+                   partial(_drawn, cards[entries[0]]["task"]), seeds, None, None,
+                   (2 * s_max, 2 * s_max + 2) if whole else None, whole, _identity(entries, zoo), tuple(entries))
 
 
 def _deep(group: str, entries: list[str], cards: Mapping[str, dict[str, Any]], zoo: str | Path, layers: int) -> Subject:
@@ -134,7 +136,7 @@ def _deep(group: str, entries: list[str], cards: Mapping[str, dict[str, Any]], z
     return Subject(group, "deep", f"unlooped deep twin, cut into pseudo-loops of {layers} "
                                   f"layer{'s' * (layers != 1)}",
                    partial(_loaded, tuple(entries), Path(zoo)), partial(_drawn, cards[entries[0]]["task"]), seeds, None,
-                   layers, None, _identity(entries, zoo), tuple(entries))
+                   layers, None, False, _identity(entries, zoo), tuple(entries))   # a fitted basis takes long
 
 
 def _loaded(entries: tuple[str, ...], zoo: Path) -> list[LoopedModel]:
