@@ -54,7 +54,8 @@ def with_curves(zoo: Path) -> Path:
 
 def make_results(folder: Path, zoo: Path) -> Path:
     """The stage test of such a zoo, without controls, in ``folder``/results."""
-    args = StageTest(per_level=8, t=(1.0,), untrained=1, workers=1, pictures=False, zoo=zoo, runs=folder / "runs",
-                     specimens=folder / "none", codecs=folder / "none", results=folder / "results")
+    args = StageTest(groups=("automaton",), per_level=8, t=(1.0,), untrained=1, workers=1, pictures=False, zoo=zoo,
+                     runs=folder / "runs", specimens=folder / "none", codecs=folder / "none",
+                     results=folder / "results")
     assert main(args) == 0
     return args.results

@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from app import compute, data, selection
 from studies.zoo import load
-from tests.small_zoo import TASK, make_zoo
+from tests.small_zoo import TASK, make_results, make_zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 LIVE = ("lens", "dynamics", "attention", "probes", "denoise")
@@ -181,7 +181,7 @@ def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tup
     text = "\n".join(str(part.value) for part in (*app.title, *app.markdown))
     for words in (verdict["question"], verdict["answer"], *verdict["words"], *verdict["open"]):
         assert words in text
-    assert {"matrices", "stages", "overview", "gains"} <= set(figures(app))
+    assert {"chart-matrices", "chart-stages", "chart-gains"} <= set(figures(app))
     assert app.dataframe[0].value["subject"].tolist() == [row["subject"] for row in verdict["subjects"]]
     assert {button.key for button in app.get("download_button")} >= {"report", "json"}
 

@@ -85,14 +85,16 @@ def test_every_sentence_is_made_from_the_verdicts() -> None:
     verdict = judge(planted(), calibration=CALIBRATION)
     assert verdict["answer"] == (
         "On automaton the loops re-run the same operation, and each use of it improves the answer, layer by layer; the "
-        "unlooped deep twin is unrolled: each of its pseudo-loops computes something else.")
+        "unlooped deep twin is unrolled: each of its pseudo-loops computes something else (another pseudo-loop does 7% "
+        "[5%, 10%] of a pseudo-loop's work).")
     said = "\n".join(verdict["words"])
     for part in ("In the LoopMDM (automaton, 6 training seeds, t = 0.9) another loop does 91% [89%, 94%] of a loop's "
                  "work as it stands; of a layer's work the same layer of another loop does 88% [86%, 91%], another "
                  "layer -40% [-42%, -37%] (stages: re-run): iterating, ABBB.",
                  "another loop does 7% [5%, 10%] of a loop's work as it stands, 15% [13%, 18%] in a fitted basis",
-                 "Of 2 groups of trained LoopMDMs (8 models): iterating 1 (automaton); undecided 1 (sudoku).",
-                 "Of 1 groups of unlooped deep twins (5 models): unrolled 1 (automaton).",
+                 "Of 2 groups of trained LoopMDMs (8 models), at the first noise level: iterating 1 (automaton); "
+                 "undecided 1 (sudoku).",
+                 "Of 1 groups of unlooped deep twins (5 models), at the first noise level: unrolled 1 (automaton).",
                  "Of 2 untrained models 0 are called anything but nothing or undecided.",
                  "From twice S_max loops on, 1 of 2 groups are settled; not: sudoku drifting.",
                  "On 50 controls of known truth that had no part in making the rule, the test was right on 44, wrong "
@@ -108,13 +110,35 @@ def test_what_comes_out_otherwise_is_told_otherwise() -> None:
                        "x, initialisation 1-untrained": told("x, initialisation 1", "untrained", "iterating")})
     verdict = judge(found, calibration=None)
     assert verdict["answer"] == ("On automaton each loop computes something new; the unlooped deep twin is called "
-                                 "iterating.")
+                                 "iterating (another pseudo-loop does 91% [89%, 94%] of a pseudo-loop's work).")
     assert ("Of 2 untrained models 1 are called anything but nothing or undecided (x, initialisation 1)."
             in verdict["words"])
     assert not any("controls of known truth" in sentence for sentence in verdict["words"])
     assert "does not decide" in judge({"a-loop": told("a", "loop", "undecided")}, calibration=None)["answer"]
     for regime in ("programme", "settled", "drifting", "nothing"):
         assert judge({"a-loop": told("a", "loop", regime)}, calibration=None)["answer"].startswith("On a ")
+
+
+def test_other_noise_levels_are_told_beside_the_first() -> None:
+    found = planted()
+    table = found["automaton-loop"]["verdict"]["table"]
+    table.append({**table[0], "t": "0.5", "regime": "settled"})
+    found["automaton-deep"]["verdict"]["table"][0] |= {"regime": "iterating", "basis": "drifting"}
+    verdict = judge(found, calibration=None)
+    assert "(stages: re-run): iterating, ABBB; at t = 0.5 settled." in verdict["words"][0]
+    assert any("iterating in a drifting basis 1 (automaton)" in sentence for sentence in verdict["words"])
+    row = next(row for row in rows_for_table(verdict) if row["subject"] == "automaton")
+    assert (row["regime"], row["at other levels"]) == ("iterating", "0.5: settled")
+    untrained = found["x, initialisation 0-untrained"]["verdict"]["table"]
+    untrained.append({**untrained[0], "t": "0.5", "regime": "drifting"})
+    assert any("Of 2 untrained models 1 are called" in sentence for sentence in judge(found, calibration=None)["words"])
+
+
+def test_ablations_are_counted_and_other_groups_named() -> None:
+    ablations = {f"automaton-ablation-{name}-loop": told(f"automaton-ablation-{name}", "loop", "iterating")
+                 for name in ("one", "two")}
+    said = judge(planted(**ablations), calibration=None)["words"]
+    assert any("iterating 3 (automaton, 2 ablations of automaton); undecided 1 (sudoku)." in line for line in said)
 
 
 def test_a_share_of_no_work_is_not_told() -> None:

@@ -14,6 +14,7 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from studies.palette import AROUND_ZERO, BLUE, FAINT, KIND_COLOURS, NEUTRAL, VERMILLION, laid_out
+from studies.questions.stage_test.judge import subject_row
 
 Drawn = dict[str, tuple[str, str, go.Figure]]
 KEPT_COLOURS = {**KIND_COLOURS, "foreign": FAINT, "control": VERMILLION}
@@ -63,11 +64,13 @@ def figures(found: Mapping[str, Mapping[str, Any]], main: str) -> Drawn:
             "The same for single layers of the loops after the first, ordered by layer and then by loop: blocks along "
             "the diagonal are one layer in all loops.",
             matrices([(_title(found[key]), *_by_layer(found[key]["verdict"]["stages"])) for key in staged]))
-    drawn["overview"] = ("How much of a loop's work another loop does",
-                         "Mean τ over pairs of loops after the first, weighted by work, with its 95% interval over "
-                         "training seeds and examples; filled where the test decided, open where it is undecided or "
-                         "there is nothing to explain. Above 50% counts as the same operation, below 25% as another "
-                         "one (grey lines).", overview(list(found.values())))
+    if any(subject_row(told)["tau"] is not None for told in found.values()):
+        drawn["overview"] = (
+            "How much of a loop's work another loop does",
+            "Mean τ over pairs of loops after the first, weighted by work, with its 95% interval over training seeds "
+            "and examples; filled where the test decided, open where it is undecided or there is nothing to explain. "
+            "Above 50% counts as the same operation, below 25% as another one (grey lines). Subjects without work are "
+            "left out.", overview(list(found.values())))
     curves = [key for key in shown if found[key]["kind"] != "control"]
     if curves:
         drawn["gains"] = ("What each loop adds, and its nulls",
@@ -102,8 +105,7 @@ def matrices(shown: Sequence[tuple[Any, ...]]) -> go.Figure:
 
 def overview(found: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Mean τ of every subject with its interval, a row each."""
-    known = sorted((told for told in found if told["verdict"]["table"][0].get("tau") is not None
-                    and told["verdict"]["table"][0]["work_decision"] != "below"),
+    known = sorted((told for told in found if subject_row(told)["tau"] is not None),
                    key=lambda told: list(_KINDS).index(told["kind"]))
     names = [_named(told) for told in known]
     figure = go.Figure()

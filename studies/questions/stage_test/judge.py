@@ -45,16 +45,23 @@ def judge(found: Found, *, calibration: Mapping[str, Any] | None) -> dict[str, A
 
 
 def subject_row(told: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the table of subjects: its main cell, and the regime of the whole report."""
-    verdict, cell = told["verdict"], told["verdict"]["table"][0]
+    """One line of the table of subjects: the main noise level and range of loops, and the regime at other levels."""
+    verdict, cell = told["verdict"], main_cell(told)
     row = {"subject": told["name"], "kind": KINDS[told["kind"]], "about": told["about"], "seeds": len(told["seeds"]),
-           "t": cell["t"], "loops": len(cell["letters"]), "regime": verdict["regime"], "letters": cell["letters"],
-           "basis": cell["basis"], "stages": cell["stages"]}
+           "t": cell["t"], "loops": len(cell["letters"]), "regime": cell["regime"], "letters": cell["letters"],
+           "basis": cell["basis"], "stages": cell["stages"],
+           "elsewhere": {other["t"]: other["regime"] for other in verdict["table"][1:]}}
     idle = cell["work_decision"] == "below"   # of what has no work, no share can be done
     for name in (*SHARES, "work", "gain"):
         known = name in cell and cell[name] is not None and not (idle and name in SHARES)
         row[name] = {end: cell[f"{name}{end and '_' + end}"] for end in ("", "low", "high")} if known else None
     return row
+
+
+def main_cell(told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of a verdict at the first noise level, for the main range of loops."""
+    cell: Mapping[str, Any] = told["verdict"]["table"][0]
+    return cell
 
 
 def main_group(found: Found) -> str:
@@ -76,8 +83,7 @@ def _answer(found: Found, main: str) -> str:
     """The whole in one sentence, which follows from the regimes of the main group and of its deep twin."""
     if f"{main}-loop" not in found:
         return "No looped model of the zoo was tested."
-    regime = found[f"{main}-loop"]["verdict"]["regime"]
-    stages = found[f"{main}-loop"]["verdict"]["table"][0]["stages"]
+    regime, stages = (main_cell(found[f"{main}-loop"])[key] for key in ("regime", "stages"))
     told = {"iterating": f"On {main} the loops re-run the same operation, and each use of it improves the answer",
             "unrolled": f"On {main} each loop computes something new",
             "programme": f"On {main} the loops run a programme in which some operations come back",
@@ -88,7 +94,9 @@ def _answer(found: Found, main: str) -> str:
     if regime == "iterating" and stages == "re-run":
         told += ", layer by layer"
     if (deep := found.get(f"{main}-deep")) is not None:
-        told += f"; the unlooped deep twin is {_called(deep['verdict']['regime'])}"
+        told += f"; the unlooped deep twin is {_called(main_cell(deep)['regime'])}"
+        if (row := subject_row(deep))["tau"] is not None:
+            told += f" (another pseudo-loop does {cell_text(row, 'tau')} of a pseudo-loop's work)"
     return told + "."
 
 
@@ -102,15 +110,17 @@ def _on_main(found: Found, main: str) -> list[str]:
     for kind, who in (("loop", "LoopMDM"), ("deep", "unlooped deep twin, cut into pseudo-loops")):
         if (told := found.get(f"{main}-{kind}")) is None:
             continue
-        row, cell = subject_row(told), told["verdict"]["table"][0]
-        said = (f"In the {who} ({main}, {_seeds(row['seeds'])}, t = {row['t']}) another loop does "
-                f"{cell_text(row, 'tau')} of a loop's work as it stands")
+        row, cell = subject_row(told), main_cell(told)
+        said = f"In the {who} ({main}, {_seeds(row['seeds'])}, t = {row['t']}) "
+        said += ("no loop of the range changes the answer" if row["tau"] is None else
+                 f"another loop does {cell_text(row, 'tau')} of a loop's work as it stands")
         if row["aligned_tau"] is not None:
             said += f", {cell_text(row, 'aligned_tau')} in a fitted basis"
         if row["same_layer_tau"] is not None and row["other_layer_tau"] is not None:
             said += (f"; of a layer's work the same layer of another loop does {cell_text(row, 'same_layer_tau')}, "
                      f"another layer {cell_text(row, 'other_layer_tau')} (stages: {cell['stages']})")
-        sentences.append(f"{said}: {told['verdict']['regime']}, {cell['letters']}.")
+        others = "".join(f"; at t = {t} {regime}" for t, regime in row["elsewhere"].items())
+        sentences.append(f"{said}: {cell['regime']}, {cell['letters']}{others}.")
     return sentences
 
 
@@ -125,14 +135,28 @@ def _on_groups(found: Found, kind: str, who: str) -> str:
         return ""
     by: dict[str, list[str]] = {}
     for told in of:
-        by.setdefault(told["verdict"]["regime"], []).append(told["name"])
-    listed = "; ".join(f"{regime} {len(names)} ({', '.join(names)})"
+        cell = main_cell(told)
+        drifting = " in a drifting basis" if cell["basis"] == "drifting" and cell["regime"] in STATED else ""
+        by.setdefault(f"{cell['regime']}{drifting}", []).append(told["name"])
+    listed = "; ".join(f"{regime} {len(names)} ({_listed(names)})"
                        for regime, names in sorted(by.items(), key=lambda item: -len(item[1])))
-    return f"Of {len(of)} groups of {who} ({sum(len(told['seeds']) for told in of)} models): {listed}."
+    models = sum(len(told["seeds"]) for told in of)
+    return f"Of {len(of)} groups of {who} ({models} models), at the first noise level: {listed}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names of groups; ablations are counted."""
+    told = [name for name in names if ABLATION not in name]
+    if n := len(names) - len(told):
+        told.append(f"{n} ablation{'s' * (n != 1)} of {next(name for name in names if ABLATION in name).split('-')[0]}")
+    return ", ".join(told)
+
+
+ABLATION = "-ablation-"
 
 
 def _on_foreign(found: Found) -> list[str]:
-    return [f"{told['name']}, {told['about']}: {told['verdict']['regime']}, {told['verdict']['letters']}."
+    return [f"{told['name']}, {told['about']}: {main_cell(told)['regime']}, {main_cell(told)['letters']}."
             for told in found.values() if told["kind"] == "foreign"]
 
 
@@ -140,7 +164,7 @@ def _on_untrained(found: Found) -> list[str]:
     of = [told for told in found.values() if told["kind"] == "untrained"]
     if not of:
         return []
-    wrong = [told["name"] for told in of if told["verdict"]["regime"] in STATED]
+    wrong = [told["name"] for told in of if any(row["regime"] in STATED for row in told["verdict"]["table"])]
     named = f" ({', '.join(wrong)})" if wrong else ""
     return [f"Of {len(of)} untrained models {len(wrong)} are called anything but nothing or undecided{named}."]
 

@@ -30,7 +30,10 @@ LIMITS = (
 def rows_for_table(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of subjects, its cells as text."""
     return [{"subject": row["subject"], "kind": row["kind"], "seeds": row["seeds"], "t": row["t"],
-             "regime": row["regime"], "letters": row["letters"], "another loop's τ": cell_text(row, "tau"),
+             "regime": row["regime"] + (" (drifting basis)" if row["basis"] == "drifting" and row["regime"] not in
+                                        ("undecided", "nothing") else ""),
+             "at other levels": ", ".join(f"{t}: {regime}" for t, regime in row["elsewhere"].items()),
+             "letters": row["letters"], "stages": row["stages"], "another loop's τ": cell_text(row, "tau"),
              "in a fitted basis": cell_text(row, "aligned_tau"), "same layer's τ": cell_text(row, "same_layer_tau"),
              "another layer's τ": cell_text(row, "other_layer_tau"),
              "work [nat]": "–" if row["work"] is None else f"{row['work']['']:.3f}",
