@@ -296,7 +296,7 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "probes/geometry.py": lambda: {"fixed_point": fixed_point},
         "probes/measurement.py": lambda: {"values": np.zeros((2, 3))},
         "probes/similarity.py": lambda: {"x": torch.randn(20, 3), "y": torch.randn(20, 4)},
-        "studies/checks.py": lambda: {"args": SimpleNamespace(t=0.5, examples=3)},
+        "studies/checks.py": lambda: {"args": SimpleNamespace(t=0.5, examples=3, results="results")},
         "studies/palette.py": lambda: {"figure": go.Figure(), "loops": [1, 2], "accuracy": [0.5, 1]},
         "studies/questions/ablations/figures.py": lambda: {"curves": ablations.datasets["curves"]},
         "studies/questions/ablations/judge.py": lambda: {"verdict": ablations.verdict},

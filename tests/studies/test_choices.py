@@ -56,7 +56,7 @@ def test_mean_tau_is_the_definition_by_hand() -> None:
 def test_deciles_group_scored_positions_by_confidence_and_leave_the_others_together() -> None:
     model, task = small_model(2, vocab_size=3, mask_token_id=2, max_seq_len=24), Automaton(rule=30, width=6, rows=4)
     drawn = task_examples(task, 20, 0, (0.9,))
-    groups = deciles(model, drawn)
+    groups = deciles(model, drawn, 4)
     assert set(groups[~drawn.scored].tolist()) == {0}
     counts = torch.bincount(groups[drawn.scored])[1:]
     assert len(counts) == 10

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hooks import LoopedModel
 from probes.cycles import own_loops
-from probes.exchange import exchange
+from probes.exchange import Trajectory, exchange
 from studies.questions.stage_test.subjects import Examples, codec_subjects, task_examples
 from studies.zoo import load
 
@@ -29,7 +29,7 @@ MODELS = {"automaton": ("automaton-loop", "automaton-loop-s1", "automaton-loop-s
           "sudoku 6×6": ("sudoku-loop-6x6", "sudoku-loop-6x6-s1", "sudoku-loop-6x6-s2"),
           "arithmetic": ("arithmetic-loop",)}
 """Entries of the zoo by the name in the table."""
-SIZES = (8, 16, 32, 64, 128)
+SIZES = (8, 16, 32, 64)
 """Numbers of examples."""
 DECILES = 10
 
@@ -90,7 +90,7 @@ def _mean_tau(model: LoopedModel, drawn: Examples, sizes: Sizes, choice: str) ->
     if choice == "a clock per position":
         options["clock"] = "position"
     if choice == "a clock per decile of confidence":
-        options["roles"] = deciles(model, drawn)
+        options["roles"] = deciles(model, drawn, sizes.n_loops)
     if choice == "content of another example":
         options["shuffle"] = sizes.seed
     found = exchange(model, drawn.inputs, own_loops(model.topology(sizes.n_loops)), scored=drawn.scored, t=drawn.t,
@@ -104,15 +104,16 @@ def _mean_tau(model: LoopedModel, drawn: Examples, sizes: Sizes, choice: str) ->
 
 
 @torch.no_grad()
-def deciles(model: LoopedModel, drawn: Examples) -> Int[Tensor, "batch pos"]:
+def deciles(model: LoopedModel, drawn: Examples, n_loops: int) -> Int[Tensor, "batch pos"]:
     """Positions that are not scored are one group; the others are grouped by their confidence after one loop.
 
     A model whose answers have other positions than its states has one group.
     """
-    state, context = model.enter(drawn.inputs, 1, t=drawn.t)
-    sure = model.resume(0, state, context).softmax(-1).amax(-1)
-    if sure.shape != state.shape[:2]:
-        return torch.zeros(state.shape[:2], dtype=torch.long)
+    run = Trajectory.of(model, drawn.inputs, own_loops(model.topology(n_loops)), t=drawn.t)
+    after = run.states[1]
+    sure = run.go_on(run.n_places, after, torch.arange(run.n_examples)).softmax(-1).amax(-1)
+    if sure.shape != after.shape[:2]:
+        return torch.zeros(after.shape[:2], dtype=torch.long)
     edges = torch.quantile(sure[drawn.scored], torch.linspace(0, 1, DECILES + 1)[1:-1])
     return torch.where(drawn.scored, 1 + torch.bucketize(sure, edges), 0)
 
