@@ -156,7 +156,8 @@ def test_figures_hold_the_numbers_and_the_page_the_sentences() -> None:
                "provenance": {"program": "python studies/stage_test.py", "seconds": 1.0, "versions": {}, "models": {}}}
     drawn = figures(found, verdict["main"])
     titles = [note.text for note in drawn["matrices"][2].layout.annotations]
-    assert titles == ["AAAA", "ABCD", "automaton: LoopMDM", "automaton: deep twin"]
+    assert titles == ["AAAA", "ABCD", "LoopMDM", "deep twin"]
+    assert "those of automaton" in drawn["matrices"][1]
     tau = np.array(found["automaton-loop"]["verdict"]["tau"])
     np.testing.assert_allclose(drawn["matrices"][2].data[2].z, tau * 100)
     assert drawn["stages"][2].data[0].x == ("L1 loop 1", "L1 loop 2", "L2 loop 1", "L2 loop 2")
