@@ -2,14 +2,14 @@
 
     rows = measure(ZOO, CODECS, settings)                     # a row per subject and choice: {"value": …, "each": […]}
 
-Subjects are looped models of the zoo and two blocks whose programme is known: a choice is harmless where it leaves
-AAAA near 1, ABCD near 0 and the models where they were.
+Subjects are looped models of the zoo, run for as many loops as their answers need, and two blocks whose programme is
+known: a choice is harmless where it leaves AAAA near 1, ABCD near 0 and the models where they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from hooks import LoopedModel
 from probes.cycles import own_loops
 from probes.exchange import Trajectory, exchange
+from studies.questions.stage_test.measure import needed_loops
 from studies.questions.stage_test.subjects import Examples, codec_subjects, task_examples
 from studies.zoo import load
 
@@ -50,7 +51,7 @@ class Sizes:
     """How much is measured."""
 
     examples: int = 48
-    n_loops: int = 4
+    n_loops: int = 4           # where the subject does not need another number
     draws: int = 3             # of examples, where their number is varied
     seed: int = 0
 
@@ -63,13 +64,15 @@ def measure(zoo: Path, codecs: Path, sizes: Sizes, *, progress: bool = True) -> 
                           for entry in [load(zoo / path)]]
     for subject in codec_subjects(codecs):
         subjects[f"codec {subject.name}"] = [(subject.load()[0], _whole(subject.examples))]
+    needed = {name: needed_loops([model for model, _ in models], models[0][1](sizes.examples, sizes.seed + 1, ""))
+              for name, models in subjects.items() if name in MODELS and models}   # as the stage test has it
     rows = []
     with tqdm(total=len(CHOICES) * sum(map(len, subjects.values())), desc="choices", disable=not progress) as bar:
         for name, models in subjects.items():
             for choice in CHOICES:
                 each = []
                 for model, drawn in models:
-                    each += tau_under(choice, model, drawn, sizes)
+                    each += tau_under(choice, model, drawn, replace(sizes, n_loops=needed.get(name, sizes.n_loops)))
                     bar.update()
                 if each:
                     rows.append({"subject": name, "choice": choice, "value": float(np.mean(each)),

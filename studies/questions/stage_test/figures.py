@@ -56,8 +56,8 @@ def figures(found: Mapping[str, Mapping[str, Any]], main: str) -> Drawn:
             "Could another loop have done this loop's work?",
             "τ of each two loops: 100 is all of the work of the loop in the row, done by the operation of the loop in "
             "the column; 0 is as good as leaving it out; below 0 spoils it (cut at −100). AAAA and ABCD are blocks "
-            "built to repeat one operation, or to do another one in every loop, with shared weights; the LoopMDM and its "
-            f"unlooped deep twin, cut into pseudo-loops, are those of {main}.",
+            "built to repeat one operation, or to do another one in every loop, with shared weights; the LoopMDM and "
+            f"its unlooped deep twin, cut into pseudo-loops, are those of {main}.",
             matrices([(_title(found[key]), found[key]["verdict"]["tau"]) for key in shown]))
         staged = [key for key in shown if found[key]["kind"] != "control"]
         drawn["stages"] = (
