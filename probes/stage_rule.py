@@ -351,14 +351,17 @@ class _Cell:
         active = [k for k in self.range if not self._idle(k)]
         if len(active) < 2:
             return "", None
+        means = [self._side(_mean_name(basis)) for basis in bases]
         for members in ([0, *active] if self.start else active, active):
             classes = self._classes(bases, members)
             if classes is not None and (members is active or any(0 in c and len(c) > 1 for c in classes)):
                 if len(classes) == 1:
                     return "same", classes
-                return ("changing" if all(len(c) == 1 for c in classes) else "programme"), classes
+                if any(len(c) > 1 for c in classes):
+                    return "programme", classes
+                # no pair exchanges both ways, yet others do most of the work: neither answer holds
+                return ("", None) if "above" in means else ("changing", classes)
         pairs = list(combinations(active, 2))
-        means = [self._side(_mean_name(basis)) for basis in bases]
         apart = any(all(self._pair(basis, i, j, "either") == "below" for basis in bases) for i, j in pairs)
         if "above" in means and not apart:
             return "same", [set(active)]

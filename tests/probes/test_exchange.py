@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hooks import HookedLoopMDM
+from probes.calibration import calibrated
 from probes.cycles import own_loops, pseudo_loops
 from probes.exchange import Clocks, Trajectory, exchange, group_of, tau
 from tests.small import small_config, small_model, small_tokens
@@ -66,6 +67,37 @@ def test_exchange_equals_its_definition_carried_out_by_hand():
         z = run.operate(j, clocks.carry(h[k], k, j, every), every)
         clocks.meet(k, [j], [z])
         torch.testing.assert_close(clocks.carry_back(z, k, j, every), moved(z, z, h[k + 1]), atol=1e-5, rtol=1e-4)
+
+
+def test_kl_and_work_are_those_of_runs_that_go_on_from_the_next_place():
+    model = small_model(n_loop_layers=2, loop_embedding="learned", seed=4)   # a loop run twice would be seen
+    tokens, every = small_tokens(8), torch.arange(8)
+    cycle = own_loops(model.topology(3))
+    scored = model.scored(tokens)
+    found = exchange(model, tokens, cycle)
+    run = Trajectory.of(model, tokens, cycle)
+    clocks = Clocks.of(run, group_of(scored.long(), "role"))
+    clean = model(tokens, n_loops=3)[scored].float()
+    example = torch.nonzero(scored)[:, 0]
+    half = example % 2 == 1
+    wanted = clean.softmax(-1)
+
+    def by_example(depth, state):
+        other = model.resume(depth, state, run.context)[scored].float()
+        extra = calibrated(other, wanted, half) - calibrated(clean, wanted, half)
+        return [float(extra[example == e].mean()) for e in range(8)]
+
+    with torch.no_grad():
+        for k, j in ((0, 1), (0, 2), (1, 0)):
+            after = cycle.depths[k + 1][0]
+            np.testing.assert_allclose(by_example(after, clocks.carry(run.states[k], k, k + 1, every)),
+                                       found.work.values[k], atol=5e-4)
+            z = clocks.carry(run.states[k], k, j, every)
+            for depth in cycle.depths[j]:
+                z = model.apply(depth, z, run.context)
+            clocks.meet(k, [j], [z])
+            np.testing.assert_allclose(by_example(after, clocks.carry_back(z, k, j, every)), found.kl.values[k, j],
+                                       atol=5e-4)
 
 
 def test_the_clock_of_an_example_is_set_by_others():

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from probes import stage_test
-from probes.stage_rule import Evidence, Exchanges, Layers, judge
+from probes.intervals import p_above
+from probes.stage_rule import Claims, Evidence, Exchanges, Layers, judge
 from probes.thresholds import THRESHOLDS
 from tests.small import small_model, small_tokens
 from tests.small_planned import examples, planned
@@ -164,6 +165,45 @@ def test_what_never_improved_has_not_settled():
     made = judge([replace(found, prefix=undone)], thresholds=QUICK)[0]
     assert made.regime == "undecided"
     assert "whether any loop improved the answer" in made.reason
+
+
+def test_loops_that_improve_the_answer_only_together_are_not_decided():
+    """Each of them can be left out, as the others make up for it."""
+    found = ruled(matrix("BAAA"), work=[0.5, 0, 0, 0], gain=0.1, worth=0)
+    assert (found.regime, found.idle) == ("undecided", True)
+    assert "together" in found.reason
+
+
+def test_means_are_weighted_by_the_work_that_is_replaced():
+    """Loop 1 does nearly all of the work, and any loop can do it; what loops 2 and 3 do, no other can."""
+    tau = matrix("BAAA", same=0.05)
+    tau[1, 2:] = 0.95
+    found = ruled(tau, work=[0.5, 2.0, 0.1, 0.1])
+    assert found.quantities["tau"].interval.value == pytest.approx((2 * 0.95 * 2.0 + 4 * 0.05 * 0.1) / 4.4, abs=0.01)
+    assert found.regime == "undecided", "no pair exchanges both ways, yet most of the work can be exchanged"
+
+
+def test_exchanges_and_work_are_resampled_together():
+    """Work differs tenfold between examples and τ is .6 in each of them: τ of every draw is .6."""
+    found = evidence(matrix("BAAA", same=0.6))
+    work = np.broadcast_to(np.exp(1.2 * np.random.default_rng(0).normal(size=N)), (4, N)).copy()
+    kl = work[:, None] * (1 - matrix("BAAA", same=0.6))[..., None]
+    made = judge([replace(found, loops=Exchanges(kl, work))], thresholds=QUICK)[0]
+    interval = made.quantities["tau"].interval
+    assert (interval.low, interval.high) == pytest.approx((0.6, 0.6), abs=1e-6)
+    assert made.regime == "iterating"
+
+
+def test_a_claim_pays_for_every_side_that_it_tries():
+    draws = np.linspace(-0.03, 0.97, 1000)
+    one, both = Claims(0.05), Claims(0.05)
+    one.add(("gain",), draws, above=0.0)
+    both.add(("gain",), draws, above=0.0, below=0.0)
+    for claims in (one, both):
+        claims.settle()
+    assert one.p(("gain",)) == pytest.approx(p_above(draws, 0.0))
+    assert both.p(("gain",)) == pytest.approx(2 * p_above(draws, 0.0))
+    assert (one.side(("gain",)), both.side(("gain",))) == ("above", "")
 
 
 def test_letters_keep_loop_0_apart_and_name_the_idle():
