@@ -248,8 +248,8 @@ def test_classes_are_drawn_by_name(noised: torch.Tensor) -> None:
     _, rec = model.run_with_cache(noised, 8, names_filter="blocks.*.hook_resid_post")
     classes = classify_tokens(rec.residual_stream(), rec.topology).token_class.isel(batch=0)
     figure = class_grid(classes, LOOK)
-    names = classes.attrs["flag_meanings"].split()
-    assert [cell for row in figure.data[0].text for cell in row] == [names[c].replace("_", " ") for c in classes.values[0]]
+    names = [name.replace("_", " ") for name in classes.attrs["flag_meanings"].split()]
+    assert [cell for row in figure.data[0].text for cell in row] == [names[c] for c in classes.values[0]]
 
 
 def test_attention_figures(noised: torch.Tensor) -> None:
