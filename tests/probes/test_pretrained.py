@@ -1,7 +1,8 @@
-"""A pretrained masked language model that nobody here made, looped without training, under every probe.
+"""Pretrained models that nobody here made, looped without training, under the probes.
 
-AntiBERTy (MIT, PyPI antiberty==0.1.3): BERT with 8 layers of width 512 for antibody sequences, 25 tokens. The files
-are too large to bundle: `make specimens` downloads them and runs these tests.
+AntiBERTy (MIT, PyPI antiberty==0.1.3): BERT with 8 layers of width 512 for antibody sequences, 25 tokens; and
+SmolLM2-135M (`studies.questions.stage_test.pretrained`). The files are too large to bundle: `make specimens` downloads
+them and runs these tests.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hooks import LoopedModel, adopt, loopify
 from probes import attention_summary, cka_between_depths, dynamics, fixed_point, probe_latent, read_lens
+from studies.questions.stage_test.pretrained import pretrained_subjects
 
 pytestmark = pytest.mark.pretrained
-FILES = Path(__file__).resolve().parents[2] / "runs" / "specimens" / "antiberty" / "trained_models"
+SPECIMENS = Path(__file__).resolve().parents[2] / "runs" / "specimens"
+FILES = SPECIMENS / "antiberty" / "trained_models"
 CHAINS = (
     "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYCAAPYCSSISCNDGFDI",
     "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQSTHVPYTFGGGTKLEI")
@@ -106,3 +109,18 @@ def test_the_other_probes(model, chains):
     labels = hydrophobic[torch.arange(2).repeat_interleave(8)]
     found = probe_latent(model, many, labels, 2, n_loops=N_LOOPS, groups=torch.zeros(labels.shape[1], dtype=torch.long))
     assert float(found.accuracy[-1, 0]) > float(found.majority[-1, 0])
+
+
+@torch.no_grad()
+def test_a_causal_language_model_still_reads_english_when_its_middle_runs_three_times():
+    subject = {subject.name: subject for subject in pretrained_subjects(SPECIMENS)[0]}["SmolLM2"]
+    model, = subject.load()
+    drawn = subject.examples(4, 0, (1.0,))
+    for n_loops in (1, subject.n_loops):
+        answer = model(drawn.inputs, n_loops)
+        nll = torch.nn.functional.cross_entropy(answer[drawn.scored], drawn.targets[drawn.scored])
+        assert nll < 0.6 * np.log(answer.shape[-1]), n_loops
+    lens = read_lens(model, drawn.inputs, n_loops=subject.n_loops, kind="coda")
+    np.testing.assert_array_equal(lens.prediction[-1], answer.argmax(-1))
+    at = model.topology(subject.n_loops).loop_depths()[0][-1]
+    np.testing.assert_array_equal(lens.prediction[at], model(drawn.inputs, 1).argmax(-1))

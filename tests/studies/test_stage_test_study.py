@@ -223,7 +223,8 @@ def test_the_loops_that_are_needed_come_within_a_tenth_of_the_whole_gain(
 def test_models_of_others_that_are_not_there_are_named_with_the_remedy(tmp_path: Path) -> None:
     found, missing = other_subjects(tmp_path)
     assert {subject.name for subject in found} == {"ALBERT", "HRM-Text"}
-    assert missing == {"AntiBERTy": "`make specimens` downloads it (97 MB)"}
+    assert missing == {"AntiBERTy": "`make specimens` downloads it (97 MB)",
+                       "SmolLM2": "`make specimens` downloads it (93 MB)"}
 
 
 def test_groups_that_are_not_there_are_refused_before_anything_runs(tmp_path: Path, capsys: Any) -> None:
