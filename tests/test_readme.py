@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,33 @@ def test_the_examples_run_as_printed():
     assert "relative step of each loop: tensor([" in done.stdout
     assert re.search(r"silencing layer 2's attention in loop 3: tensor\(0\.\d+\)", done.stdout)
 
-
     done = subprocess.run([sys.executable, "-c", f"import torch\n{others}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "loops: [(0, None), (1, 0), (2, 0), (1, 1), (2, 1), (1, 2), (2, 2), (3, None)]" in done.stdout
     assert re.search(r"NLL of the next token at each depth: \[[\d. \n]+\]", done.stdout), done.stdout
+
+
+def programs(page: Path) -> list[str]:
+    """The indented blocks of a page that are Python."""
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4}.*)?\n)+", page.read_text(), re.MULTILINE)]
+    return [block for block in blocks if re.match(r"\s*(from|import) ", block)]
+
+
+DOCUMENTED = [page for page in sorted(ROOT.glob("docs/*.md")) if programs(page)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", DOCUMENTED, ids=lambda page: page.name)
+def test_the_examples_of_the_docs_run(page):
+    for program in programs(page):
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "stage_test(" in program:
+            assert re.search(r"Sequence: [A-Z?·]{4}\.", done.stdout), done.stdout
+
+
+def test_the_docs_have_examples():
+    assert {"stage_test.md", "controls.md"} <= {page.name for page in DOCUMENTED}
 
 
 def test_the_layout_names_files_that_exist():
