@@ -17,7 +17,7 @@ from hooks import LoopMDMConfig
 from hooks.model.diffusion import SamplerConfig, nelbo
 from hooks.model.layers import attend
 from probes import ridge_probes
-from probes.stages import example_mean
+from probes.intervals import Resampling
 from studies.tasks import Automaton, Batch
 from tests.small import MASK, small_model, small_tokens
 
@@ -48,7 +48,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ridge_probes(torch.randn(1, 4, 2), torch.zeros(4), 2, train=torch.tensor([True, True, False, False])),
         "labels"),
     "an array for a tensor": (lambda: attend(*(np.zeros((1, 1, 2, 4), dtype=np.float32),) * 3), "q"),  # type: ignore
-    "a tensor for an array": (lambda: example_mean(torch.zeros(3, 2)), "values"),
+    "a tensor for an array": (lambda: Resampling((3,)).mean(torch.zeros(3, 2)), "values"),
     "a method of a model": (lambda: small_model().begin(small_tokens()[0]), "tokens"),
     "a field of a dataclass": (lambda: Batch(torch.zeros(2, 5), torch.ones(2, 5, dtype=torch.bool)), "tokens"),
     "a word that is none of those allowed": (lambda: SamplerConfig(order="left"), "order"),  # type: ignore[arg-type]

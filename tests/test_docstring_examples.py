@@ -184,7 +184,7 @@ def test_calls_fit_the_signatures(example: Example) -> None:
 
 
 def test_a_call_that_does_not_fit_is_found() -> None:
-    known = namespace("probes/stages.py")
+    known = namespace("probes/loop_patterns.py")
     for broken in ("bootstrap(np.mean, values, resamples=3)", "read_lens(model)", "model.run_with_cash(tokens)"):
         call = ast.parse(broken).body[0].value  # type: ignore[attr-defined]
         with pytest.raises((TypeError, AttributeError)):

@@ -72,7 +72,7 @@ def test_a_circle_would_be_found():
 
 def test_scripts_and_questions_are_where_they_are_looked_for():
     """Each question's folder has some of the same files, and a script in studies/ that asks it."""
-    parts = {"__init__", "subjects", "others", "measure", "judge", "figures", "page"}
+    parts = {"__init__", "subjects", "others", "pretrained", "measure", "judge", "figures", "page"}
     studies = ROOT / "studies"
     for folder in sorted(path.parent for path in (studies / "questions").glob("*/page.py")):
         own = {path.stem for path in folder.glob("*.py")}

@@ -37,8 +37,8 @@ from probes.cycles import own_loops
 from probes.exchange import exchange
 from probes.gains import gains
 from probes.geometry import growth
+from probes.loop_patterns import frozen_attention, head_distances, pattern_gram
 from probes.responses import responses
-from probes.stages import frozen_attention, head_distances, pattern_gram, signature
 from tests.small import MASK, small_model, small_tokens
 
 LOOPS = 8
@@ -85,7 +85,6 @@ PROBES: dict[str, Callable[[HookedLoopMDM, Tensor], Found]] = {
     "pattern_distance": lambda m, x: pattern_distance(m, x, n_loops=LOOPS),
     "linear_cka": lambda m, x: linear_cka(states(m, x)[0], states(m, x)[-1]),
     "cka_between_depths": lambda m, x: cka_between_depths(residual(m, x)[0]),
-    "signature": lambda m, x: signature(m, x, truth(x), cycle(m)),
     "head_distances": lambda m, x: head_distances(pattern_gram(m, x, cycle(m))),
     "frozen_attention": lambda m, x: frozen_attention(m, x, cycle(m), after=1),
     "exchange": lambda m, x: exchange(m, x, cycle(m)),
@@ -156,8 +155,7 @@ def test_nan_weights_are_an_error_that_says_so(name: str, where: str) -> None:
         else:
             model.get_parameter(where).fill_(torch.nan)
     tokens = small_tokens(batch=6)
-    if where == "unembed" and name not in {"logit lens", "coda lens", "exchange", "gains", "signature",
-                                           "frozen_attention"}:
+    if where == "unembed" and name not in {"logit lens", "coda lens", "exchange", "gains", "frozen_attention"}:
         checked(PROBES[name](model, tokens))   # it reads no answers
         return
     with pytest.raises(ValueError, match=r"NaN or infinite"):

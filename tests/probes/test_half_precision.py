@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooks import HookedLoopMDM
 from hooks.edits import freeze
-from probes import attention, geometry, linear, similarity, stages
+from probes import attention, geometry, linear, loop_patterns, similarity
 from probes.attention import attention_summary, pattern_distance, patterns
 from probes.cycles import own_loops
 from probes.geometry import (
@@ -28,16 +28,8 @@ from probes.geometry import (
 )
 from probes.lenses import read_lens, reading
 from probes.linear import probe_latent, ridge_probes
+from probes.loop_patterns import frozen_attention, head_distances, pattern_gram
 from probes.similarity import cka_between_depths, linear_cka
-from probes.stages import (
-    frozen_attention,
-    head_distances,
-    other_layer_distance,
-    pattern_gram,
-    same_layer_distance,
-    signature,
-    whole,
-)
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 
 LOOPS = 8
@@ -82,14 +74,8 @@ PROBES: dict[str, Callable[[HookedLoopMDM], Result]] = {
     "pattern_distance": lambda m: pattern_distance(m, TOKENS, n_loops=LOOPS),
     "linear_cka": lambda m: linear_cka(states(m)[0], states(m)[-1]),
     "cka_between_depths": lambda m: cka_between_depths(residual(m)[0]),
-    "signature": lambda m: signature(m, TOKENS, TRUTH, own_loops(m.topology(LOOPS))),
-    "signature of all layers": lambda m: signature(m, TOKENS, TRUTH, whole(m.config)),
     "pattern_gram": lambda m: pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS))),
     "head_distances": lambda m: head_distances(pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))),
-    "same_layer_distance": lambda m: numbers(same_layer_distance(head_distances(
-        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
-    "other_layer_distance": lambda m: numbers(other_layer_distance(head_distances(
-        pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))))),
     "frozen_attention": lambda m: numbers(frozen_attention(m, TOKENS, own_loops(m.topology(LOOPS)), after=1)),
 }
 
@@ -145,7 +131,7 @@ def test_distances_of_equal_patterns_are_zero_in_every_precision(dtype: torch.dt
 def test_every_public_probe_is_here() -> None:
     measured = {"model", "residual", "x", "features", "gram", "distance", "distances"}
     probes = {
-        name for module in (attention, geometry, linear, similarity, stages, reading)
+        name for module in (attention, geometry, linear, similarity, loop_patterns, reading)
         for name, fn in inspect.getmembers(module, inspect.isfunction)
         if fn.__module__ == module.__name__ and not name.startswith("_")
         and measured & set(inspect.signature(fn).parameters)}

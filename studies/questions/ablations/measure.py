@@ -15,8 +15,8 @@ import xarray as xr
 from hooks import HookedLoopMDM
 from probes.cycles import own_loops
 from probes.geometry import classify_tokens, dynamics, fixed_point
+from probes.loop_patterns import head_distances, pattern_gram
 from probes.measurement import measurement
-from probes.stages import head_distances, pattern_gram
 from studies.questions.claims.measure import answers_over_loops, loop_counts
 from studies.zoo import Entry
 
