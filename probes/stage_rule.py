@@ -359,17 +359,21 @@ class _Cell:
                     return "same", classes
                 if any(len(c) > 1 for c in classes):
                     return "programme", classes
-                # no pair exchanges both ways, yet others do most of the work: neither answer holds
-                return ("", None) if "above" in means else ("changing", classes)
+                # neither answer holds where no pair exchanges both ways, yet others do most of the work, or where
+                # loop 0 may do what one of them does
+                return ("", None) if "above" in means or self._near(bases, active) else ("changing", classes)
         pairs = list(combinations(active, 2))
         apart = any(all(self._pair(basis, i, j, "either") == "below" for basis in bases) for i, j in pairs)
         if "above" in means and not apart:
             return "same", [set(active)]
-        near = any(self._estimate(basis, i, j) > self.thresholds.different
-                   for i, j in combinations(sorted({0, *active}), 2) for basis in bases)
-        if all(mean == "below" for mean in means) and not near:
+        if all(mean == "below" for mean in means) and not self._near(bases, active):
             return "changing", None
         return "", None
+
+    def _near(self, bases: Sequence[str], active: Sequence[int]) -> bool:
+        """Is the estimate for some pair, loop 0 included, above what "different" means, and not decided to be below?"""
+        return any(self._estimate(basis, i, j) > self.thresholds.different and self._pair(basis, i, j) != "below"
+                   for i, j in combinations(sorted({0, *active}), 2) for basis in bases)
 
     def _estimate(self, basis: str, i: int, j: int) -> float:
         """τ of two loops, the lesser of both directions."""

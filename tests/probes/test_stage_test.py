@@ -222,6 +222,15 @@ def test_the_letter_of_loop_0_is_left_open_where_it_is_not_decided():
     assert ruled(tau).regime == "iterating"
 
 
+def test_loops_that_differ_are_not_unrolled_while_loop_0_may_do_what_one_of_them_does():
+    tau = matrix("DABC")
+    assert (ruled(tau).regime, ruled(tau).letters) == ("unrolled", "ABCD")
+    tau[0, 3] = tau[3, 0] = 0.45
+    assert (ruled(tau).regime, ruled(tau).letters) == ("undecided", "????")
+    tau[0, 3] = tau[3, 0] = 0.9
+    assert (ruled(tau).regime, ruled(tau).letters) == ("programme", "ABCA")
+
+
 def test_both_directions_are_asked():
     tau = matrix("AAAA")
     tau[3, 1] = tau[3, 2] = tau[3, 0] = -1.0
