@@ -6,6 +6,7 @@
 """
 
 from probes.attention import attention_summary, pattern_distance, patterns
+from probes.causal import causal_scan, over_examples
 from probes.exchange import exchange, tau
 from probes.gains import gains
 from probes.geometry import (
@@ -24,7 +25,7 @@ from probes.responses import responses
 from probes.similarity import cka_between_depths, linear_cka
 from probes.stage_test import Verdict, stage_test
 
-__all__ = ["Verdict", "attention_summary", "cka_between_depths", "classify_tokens", "contraction", "depth_coords",
-           "dynamics", "effective_rank", "exchange", "fixed_point", "gains", "linear_cka", "matrix_entropy",
-           "measurement", "pattern_distance", "patterns", "probe_latent", "read_lens", "responses", "ridge_probes",
-           "stage_test", "tau", "trajectory_pca"]
+__all__ = ["Verdict", "attention_summary", "causal_scan", "cka_between_depths", "classify_tokens", "contraction",
+           "depth_coords", "dynamics", "effective_rank", "exchange", "fixed_point", "gains", "linear_cka",
+           "matrix_entropy", "measurement", "over_examples", "pattern_distance", "patterns", "probe_latent",
+           "read_lens", "responses", "ridge_probes", "stage_test", "tau", "trajectory_pca"]

@@ -33,6 +33,7 @@ from probes import (
     trajectory_pca,
 )
 from probes.attention import pattern_distance
+from probes.causal import causal_scan
 from probes.cycles import own_loops
 from probes.exchange import exchange
 from probes.gains import gains
@@ -87,6 +88,7 @@ PROBES: dict[str, Callable[[HookedLoopMDM, Tensor], Found]] = {
     "cka_between_depths": lambda m, x: cka_between_depths(residual(m, x)[0]),
     "head_distances": lambda m, x: head_distances(pattern_gram(m, x, cycle(m))),
     "frozen_attention": lambda m, x: frozen_attention(m, x, cycle(m), after=1),
+    "causal_scan": lambda m, x: causal_scan(m, x, targets=truth(x), effects=("skip", "repeat")),
     "exchange": lambda m, x: exchange(m, x, cycle(m)),
     "gains": lambda m, x: gains(m, x, cycle(m), targets=truth(x)),
     "responses": lambda m, x: responses(m, x, cycle(m)),
@@ -155,7 +157,8 @@ def test_nan_weights_are_an_error_that_says_so(name: str, where: str) -> None:
         else:
             model.get_parameter(where).fill_(torch.nan)
     tokens = small_tokens(batch=6)
-    if where == "unembed" and name not in {"logit lens", "coda lens", "exchange", "gains", "frozen_attention"}:
+    if where == "unembed" and name not in {"logit lens", "coda lens", "exchange", "gains", "frozen_attention",
+                                           "causal_scan"}:
         checked(PROBES[name](model, tokens))   # it reads no answers
         return
     with pytest.raises(ValueError, match=r"NaN or infinite"):
