@@ -230,18 +230,33 @@ class _Cell:
             self._claim("beyond the line", mean(line[self.stop] - prefix[self.stop]), both)
 
     def _register_operation(self, basis: str) -> None:
-        limits = {"above": self.thresholds.same, "below": self.thresholds.different}
-        found = self.drawn.tau[basis]
+        limits = self._limits(basis)
         for i, j in combinations(self._members(), 2):
-            lesser, larger = (pick(found[:, i, j], found[:, j, i]) for pick in (np.minimum, np.maximum))
+            lesser, larger = self._of_pair(basis, i, j)
             self._claim(f"{basis} {i} {j} both", lesser, limits, shared=True)
-            self._claim(f"{basis} {i} {j} either", larger, {"below": self.thresholds.different}, shared=True)
+            self._claim(f"{basis} {i} {j} either", larger, {"below": limits["below"]}, shared=True)
         pairs = [(i, j) for i, j in product(self.range, repeat=2) if i != j]
         if pairs:
             self._claim(_mean_name(basis), self._weighted(basis, pairs), limits)
             if self.start:
                 first = [pair for k in self.range for pair in ((0, k), (k, 0))]
                 self.claims.add(self._key(f"{basis} first", shared=False), self._weighted(basis, first)[1:], **limits)
+
+    def _limits(self, basis: str) -> dict[str, float]:
+        """Above which τ two loops do the same, and below which they do not. A basis is fitted to make them agree."""
+        if basis == "fixed":
+            return {"above": self.thresholds.same, "below": self.thresholds.different}
+        return {"above": self.thresholds.same_fitted, "below": self.thresholds.different_fitted}
+
+    def _of_pair(self, basis: str, i: int, j: int) -> tuple[Float[np.ndarray, "draw"], Float[np.ndarray, "draw"]]:
+        """τ of two loops, the lesser and the larger of both directions; their mean, twice, in a fitted basis, where one
+        pair of maps has to serve both."""
+        one, other = self.drawn.tau[basis][:, i, j], self.drawn.tau[basis][:, j, i]
+        if basis == "fixed":
+            return np.minimum(one, other), np.maximum(one, other)
+        clip = self.thresholds.clip
+        mean = (np.clip(one, -clip, clip) + np.clip(other, -clip, clip)) / 2
+        return mean, mean
 
     def _register_stages(self, layers: Layers) -> None:
         inside = [p for p, loop in enumerate(layers.loop) if loop in self.range]
@@ -371,14 +386,9 @@ class _Cell:
         return "", None
 
     def _near(self, bases: Sequence[str], active: Sequence[int]) -> bool:
-        """Is the estimate for some pair, loop 0 included, above what "different" means, and not decided to be below?"""
-        return any(self._estimate(basis, i, j) > self.thresholds.different and self._pair(basis, i, j) != "below"
+        """Is the estimate for some pair, loop 0 included, above what "different" means?"""
+        return any(self._of_pair(basis, i, j)[0][0] > self._limits(basis)["below"]
                    for i, j in combinations(sorted({0, *active}), 2) for basis in bases)
-
-    def _estimate(self, basis: str, i: int, j: int) -> float:
-        """τ of two loops, the lesser of both directions."""
-        found = self.drawn.tau[basis][0]
-        return float(min(found[i, j], found[j, i]))
 
     def _pair(self, basis: str, i: int, j: int, name: str = "both") -> Side:
         i, j = sorted((i, j))

@@ -17,7 +17,8 @@ evidence does not reach.
 2. *Operation.* Two loops have the same letter if τ lies above .5 in both directions. *Same*: one letter, or the mean τ
    of the range, weighted by work, lies above .5 and no two loops lie below .25 both ways. *Changing*: no two loops
    share a letter, or the mean lies below .25 and no pair is the same. If τ does not say same, aligned τ is asked the
-   same questions: *same in a drifting basis* if it does; *changing* needs both to say so, while a programme that τ
+   same questions, with .8 and .5 in the place of .5 and .25 and the mean of both directions, since a basis is fitted to
+   make loops agree: *same in a drifting basis* if it does; *changing* needs both to say so, while a programme that τ
    shows stands where aligned τ decides nothing. Loop 0 joins in where it shares a letter with another.
 3. *Content.* It *advances* if the range lowers the NLL by more than δ per loop, or the loops' work is worth more than
    δ each to the final answer, and a straight line does not do as well; *nothing new* if both are within δ of 0.

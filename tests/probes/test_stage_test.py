@@ -241,13 +241,18 @@ def test_a_drifting_basis_is_asked_where_the_fixed_one_says_no():
     found = ruled(matrix("ABCD"), aligned=matrix("AAAA"))
     assert (found.regime, found.basis, found.letters) == ("iterating", "drifting", "AAAA")
     assert ruled(matrix("ABCD"), aligned=matrix("ABCD")).regime == "unrolled"
-    assert ruled(matrix("ABCD"), aligned=matrix("ABCD", other=0.4)).regime == "undecided"
-    found = ruled(matrix("ABAB"), loops=(0, 4), aligned=matrix("ABAB", other=0.28))
+    assert ruled(matrix("ABCD"), aligned=matrix("ABCD", other=0.4)).regime == "unrolled"
+    assert ruled(matrix("ABCD"), aligned=matrix("ABCD", other=0.65)).regime == "undecided"
+    assert ruled(matrix("ABCD"), aligned=matrix("AAAA", same=0.7)).regime == "undecided", "merely alike"
+    found = ruled(matrix("ABAB"), loops=(0, 4), aligned=matrix("ABAB", other=0.65))
     assert (found.regime, found.letters, found.basis) == ("programme", "ABAB", "fixed"), "what τ shows stands"
     found = ruled(matrix("ABAB"), loops=(0, 4), aligned=matrix("AAAA"))
     assert (found.regime, found.basis) == ("iterating", "drifting")
     found = ruled(matrix("AAAA"), aligned=matrix("ABCD"))
     assert (found.regime, found.basis) == ("iterating", "fixed")
+    uneven = matrix("AAAA", same=0.95)
+    uneven[1, 2] = 0.75
+    assert ruled(matrix("ABCD"), aligned=uneven).letters == "AAAA", "the mean of both directions counts"
 
 
 def test_a_straight_line_is_no_advance():

@@ -18,7 +18,7 @@ from studies.questions.calibrate.judge import (
     totals,
     whole_calls,
 )
-from studies.questions.calibrate.measure import CHANGED, FRESH, KEPT_TASK, SEEN, SEEN_PROGRAMME, cases, run_case
+from studies.questions.calibrate.measure import CHANGED, FRESH, KEPT_TASK, SEEN, SEEN_PROGRAMMES, cases, run_case
 from studies.questions.calibrate.page import html_report, page
 from studies.questions.controls import CodecFailed, codec, load_codec, save_codec
 from studies.questions.controls.codec_files import CODECS, bundled_codecs
@@ -159,8 +159,8 @@ def test_cases_are_told_apart_and_half_of_the_seeds_is_kept():
     for case in todo:
         odd = case.seed % 2 == 1
         seen = (case.control, case.seed, case.n) == SEEN
-        fresh = case.control in FRESH and case.control != SEEN_PROGRAMME
-        assert case.kept == ((odd and not seen and case.control != SEEN_PROGRAMME)
+        fresh = case.control in FRESH and case.control not in SEEN_PROGRAMMES
+        assert case.kept == ((odd and not seen and case.control not in SEEN_PROGRAMMES)
                              or case.control.startswith(KEPT_TASK) or fresh)
 
 

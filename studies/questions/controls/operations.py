@@ -66,6 +66,33 @@ def swap_if(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
     return torch.where(z[:, :1] == 1, z.flip(1), _left(z, 3))
 
 
+def rule_110(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """Elementary automaton 110 on a ring."""
+    return (z | _right(z)) & (1 - (_left(z) & z & _right(z)))
+
+
+def rule_54(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """Elementary automaton 54 on a ring: z ⊕ (left ∨ right)."""
+    return z ^ (_left(z) | _right(z))
+
+
+def mirrored_sum(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """The mirrored bits, every other one negated, ⊕ (the left neighbour ∧ the one beyond)."""
+    return z.flip(1) ^ (torch.arange(z.shape[1], device=z.device) % 2) ^ (_left(z) & _left(z, 2))
+
+
+def gray_code(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """z ⊕ the bit on the right, the last one as it is: linear and invertible."""
+    return z ^ torch.cat([z[:, 1:], torch.zeros_like(z[:, :1])], 1)
+
+
+def multiply_and_add(z: Int[Tensor, "example bit"]) -> Int[Tensor, "example bit"]:
+    """5 · z + 3 modulo 2^bits, the first bit the least: carries reach far."""
+    place = 2 ** torch.arange(z.shape[1], device=z.device)
+    number = (5 * (z * place).sum(1) + 3) % 2 ** z.shape[1]
+    return (number[:, None] // place) % 2
+
+
 def mixture(one: Operation, other: Operation, share: float) -> Operation:
     """An operation that is like ``one`` but for the first ``share`` of the bits, which are as ``other`` makes them.
 
@@ -83,5 +110,6 @@ def mixture(one: Operation, other: Operation, share: float) -> Operation:
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType({
     "A": rule_30, "B": mirrored_gate, "C": majority, "D": half_turn,
-    "E": rule_90, "F": negated_shift, "G": conjunction, "H": swap_if})
+    "E": rule_90, "F": negated_shift, "G": conjunction, "H": swap_if, "P": rule_110, "Q": multiply_and_add,
+    "R": gray_code, "S": mirrored_sum, "T": rule_54})
 """The operations that letters stand for by default."""
