@@ -203,12 +203,13 @@ class Clocks:
         self._met = {(k, j): _clock(made, self.groups, self.folds) for j, made in zip(operations, z, strict=True)}
 
     def carry(self, state: Tensor, source: int, to: int, rows: Int[Tensor, "row"]) -> Tensor:
-        return self._moved(state, (self.means[:, source], self.scales[:, source]), to, rows)
+        return self.moved(state, (self.means[:, source], self.scales[:, source]), to, rows)
 
     def carry_back(self, z: Tensor, k: int, j: int, rows: Int[Tensor, "row"]) -> Tensor:
-        return self._moved(z, self._met[k, j], k + 1, rows)
+        return self.moved(z, self._met[k, j], k + 1, rows)
 
-    def _moved(self, state: Tensor, source: tuple[Tensor, Tensor], to: int, rows: Int[Tensor, "row"]) -> Tensor:
+    def moved(self, state: Tensor, source: tuple[Tensor, Tensor], to: int, rows: Int[Tensor, "row"]) -> Tensor:
+        """A state of the clock ``source``, (mean [fold, group, d_model], scale [fold, group]), on that of a place."""
         fold = self.folds[rows].to(state.device)[:, None]
         group = self.groups[rows].to(state.device)
         mean, scale = source[0][fold, group], source[1][fold, group]

@@ -34,7 +34,8 @@ FILES = ("verdict.json", "measurements.nc")
 
 
 SCRIPTS = {"stage_test": "studies/stage_test.py", "claims": "studies/claims.py", "ablations": "studies/ablations.py",
-           "length_generalization": "studies/length_generalization.py"}
+           "length_generalization": "studies/length_generalization.py", "loops_and_steps": "studies/loops_and_steps.py",
+           "noise_level": "studies/noise_level.py"}
 """The program of each study, by the name that its verdicts carry."""
 
 

@@ -1,13 +1,15 @@
 """Verdict: what the stage test says of every looped model, and what is open; and the paper's claims, judged.
 
-Reads what `stage_test.py`, `claims.py`, `ablations.py` and `length_generalization.py` of studies/ wrote; computes
-nothing.
+Reads what `stage_test.py`, `claims.py`, `ablations.py`, `length_generalization.py`, `loops_and_steps.py` and
+`noise_level.py` of studies/ wrote; computes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
@@ -20,6 +22,10 @@ from studies.questions.claims.judge import Judgement
 from studies.questions.claims.page import HOW_JUDGED
 from studies.questions.length_generalization import page as length_page
 from studies.questions.length_generalization.figures import rows_figure
+from studies.questions.loops_and_steps import page as loops_and_steps_page
+from studies.questions.loops_and_steps.figures import figures as loops_and_steps_figures
+from studies.questions.noise_level import page as noise_level_page
+from studies.questions.noise_level.figures import figures as noise_level_figures
 from studies.questions.stage_test import page as stage_test_page
 from studies.questions.stage_test.figures import figures as stage_test_figures
 from studies.results import Results, made_by
@@ -143,6 +149,26 @@ def _length_generalization(results: Results) -> None:
     _provenance(results)
 
 
+def _question(page: Any, figures: Callable[[Any], Mapping[str, tuple[str, str, Any]]], results: Results) -> None:
+    """A question of the neighbouring literature: sentences, figures, a row per subject, how it is measured."""
+    verdict = results.verdict
+    st.title(str(verdict["question"]), anchor=False)
+    st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
+    rows = page.table(verdict)
+    for name, (title, what, drawn) in figures(verdict["rows"]).items():
+        own = drawn.layout.to_plotly_json()
+        drawn = styled(drawn, height=int(own["height"])).update_layout(width=None, legend=own["legend"],
+                                                                       margin=own["margin"])
+        show.figure(drawn, what, name=f"{results.study}-{name}", title=title, table=lambda: rows)
+    st.header("Every subject", anchor=False)
+    st.dataframe(rows, hide_index=True, width="stretch",
+                 column_config={"subject": st.column_config.TextColumn(pinned=True)})
+    with st.expander("How it is measured", icon=":material/menu_book:"):
+        st.markdown("\n\n".join(page.METHOD))
+    st.caption("Limits. " + " ".join(page.LIMITS))
+    _provenance(results)
+
+
 def _provenance(results: Results) -> None:
     st.header("Where this comes from", anchor=False)
     made = results.verdict.get("provenance", {})
@@ -175,8 +201,11 @@ def _every_number(results: Results) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-PAGES = {"stage_test": _stage_test, "claims": _claims, "ablations": _ablations,
-         "length_generalization": _length_generalization}
+PAGES: dict[str, Callable[[Results], None]] = {
+    "stage_test": _stage_test, "claims": _claims, "ablations": _ablations,
+    "length_generalization": _length_generalization,
+    "loops_and_steps": partial(_question, loops_and_steps_page, loops_and_steps_figures),
+    "noise_level": partial(_question, noise_level_page, noise_level_figures)}
 """The page of each study."""
 
 main()

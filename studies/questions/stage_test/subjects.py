@@ -100,6 +100,18 @@ def zoo_subjects(zoo: str | Path) -> list[Subject]:
     return found
 
 
+def trained_subjects(zoo: str | Path, groups: Sequence[str] = ()) -> list[Subject]:
+    """The LoopMDMs of each task, or of some groups, without ablations. ValueError for groups that are not there."""
+    found = [subject for subject in zoo_subjects(zoo) if subject.kind == "loop" and subject.whole]
+    there = [subject.name for subject in found]
+    if unknown := sorted(set(groups) - set(there)):
+        raise ValueError(f"no looped model of {', '.join(unknown)} is in {zoo}; there are "
+                         f"{', '.join(there) or 'none'}. Train one with `python studies/pretrain.py`.")
+    if not found:
+        raise ValueError(f"no looped model is in {zoo}: train one with `python studies/pretrain.py`.")
+    return [subject for subject in found if not groups or subject.name in groups]
+
+
 def codec_subjects(folder: str | Path) -> list[Subject]:
     """Blocks whose programme is known, from the zoo of codecs; those that are not there are left out."""
     return [Subject(name, "control", f"looped block built to run {name}", partial(_codec, Path(folder) / name),
@@ -169,6 +181,12 @@ def untrained_subjects(zoo: str | Path, *, n: int, groups: Sequence[str] = ()) -
 
 
 def _untrained(folder: Path, seed: int) -> list[LoopedModel]:
+    return [untrained_model(folder, seed)]
+
+
+def untrained_model(folder: Path, seed: int) -> HookedLoopMDM:
+    """A new model of the shape of a checkpoint."""
     config = HookedLoopMDM.from_pretrained(str(folder)).config
-    torch.manual_seed(seed)
-    return [HookedLoopMDM(config).eval()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return HookedLoopMDM(config).eval()

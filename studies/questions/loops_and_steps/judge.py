@@ -1,0 +1,139 @@
+"""Loops × denoising steps in decisions and sentences: pure functions of what was measured.
+
+    verdict = judge({"automaton": found}, {"automaton": (24,) * 6})
+    verdict["rows"][0]["answer"]                              # "starts anew"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from probes.intervals import Interval, Resampling, interval
+from probes.stage_rule import Claims
+from probes.thresholds import THRESHOLDS, Thresholds
+
+QUESTION = "Does a denoising step continue where the loops of the step before ended?"
+
+ANSWERS = {
+    "starts anew": "its first loop can be done by the first loop of the step before, and not by a later one",
+    "continues": "its first loop can be done by the later loops of the step before, and not by the first",
+    "cannot be told": "its first loop can be done by the first loop of the step before and by the later ones: all "
+                      "loops do the same",
+    "nothing": "its first loop does no work",
+    "undecided": "the intervals do not tell",
+}
+"""What the exchange between steps can say of a step's first loop."""
+
+RESTARTS = {
+    "as good": "a restart is as good as one more loop",
+    "better": "a restart is better than one more loop",
+    "worse": "a restart is worse than one more loop",
+    "nothing to gain": "neither a restart nor one more loop changes the NLL",
+    "undecided": "the intervals do not tell whether a restart is as good as one more loop",
+}
+"""What the restart test can say."""
+
+
+def judge(found: Mapping[str, xr.Dataset], sizes: Mapping[str, Sequence[int]], *, thresholds: Thresholds = THRESHOLDS,
+          n_resamples: int = 20_000, seed: int = 0) -> dict[str, Any]:
+    """Rows, one per subject, and sentences; all claims are corrected together (Holm)."""
+    claims = Claims(thresholds.level)
+    cells = {name: _Cell(name, data, Resampling(sizes[name], n_resamples=n_resamples, seed=seed), claims, thresholds)
+             for name, data in found.items()}
+    claims.settle()
+    rows = [cell.row() for cell in cells.values()]
+    return {"question": QUESTION, "rows": rows, "words": told_in_sentences(rows)}
+
+
+class _Cell:
+    """The claims of one subject."""
+
+    def __init__(self, name: str, data: xr.Dataset, draws: Resampling, claims: Claims, thresholds: Thresholds):
+        self.name, self.data, self.draws, self.claims = name, data, draws, claims
+        self.delta = max(thresholds.effect, thresholds.relative_effect * float(
+            data.nll.sel(way="afresh").isel(loop_written=0).mean()))
+        limits = {"above": thresholds.same, "below": thresholds.different}
+        both = {"above": self.delta, "below": self.delta}
+        around = {"above": self.delta, "below": -self.delta, "within": self.delta}
+        work = self._mean(data.work.isel(content=0))
+        self.work = self._claim("work", work, both)
+        kl = self._mean(data.kl.sel(step="before").isel(content=0))                              # [draw, operation]
+        tau = np.clip(1 - kl / np.maximum(work, np.finfo(float).tiny)[:, None], -thresholds.clip, thresholds.clip)
+        self.first = self._claim("first", tau[:, 0], limits)
+        self.later = self._claim("later", tau[:, 1:].mean(1), limits)
+        self.restarts: list[tuple[int, Interval, Interval, Interval, dict[str, float]]] = []
+        nll = {way: self._mean(data.nll.sel(way=way)) for way in data.way.values}                 # [draw, loop]
+        for k in data.loop_written.values:
+            gain = self._claim(f"gain {k}", nll["stay"][:, k] - nll["go on"][:, k], both)
+            change = nll["stay"][:, k] - nll["restart"][:, k]
+            restart = interval(float(change[0]), change[1:])
+            more = self._claim(f"more {k}", nll["go on"][:, k] - nll["restart"][:, k], around)
+            self.restarts.append((int(k), gain, restart, more, {way: float(nll[way][0, k]) for way in nll}))
+
+    def _mean(self, values: xr.DataArray) -> np.ndarray:
+        """Mean over examples, as they are and under every draw: [draw, …]."""
+        by_example = values.transpose("example", ...).values
+        return np.concatenate([np.nanmean(by_example, 0)[None], self.draws.mean(by_example)])
+
+    def _claim(self, name: str, values: np.ndarray, sides: Mapping[str, float]) -> Interval:
+        self.claims.add((self.name, name), values[1:], **sides)
+        return interval(float(values[0]), values[1:])
+
+    def _side(self, name: str) -> str:
+        return self.claims.side((self.name, name))
+
+    def answer(self) -> str:
+        if self._side("work") == "below":
+            return "nothing"
+        return {("above", "below"): "starts anew", ("below", "above"): "continues",
+                ("above", "above"): "cannot be told"}.get((self._side("first"), self._side("later")), "undecided")
+
+    def restart(self, k: int) -> str:
+        decision = {"within": "as good", "above": "better", "below": "worse", "": "undecided"}[self._side(f"more {k}")]
+        if decision == "as good" and self._side(f"gain {k}") == "below":
+            return "nothing to gain"
+        return decision
+
+    def row(self) -> dict[str, Any]:
+        restarts = [{"loop": k, "loop_gain": _numbers(gain), "restart_gain": _numbers(restart),
+                     "difference": _numbers(more), "nll": nll, "decision": self.restart(k)}
+                    for k, gain, restart, more, nll in self.restarts]
+        distance = self.data.distance.mean("example")
+        nearest = distance.argmin("loop_before").values
+        return {"subject": self.name, "delta": self.delta, "work": _numbers(self.work), "answer": self.answer(),
+                "first": _numbers(self.first), "later": _numbers(self.later), "restarts": restarts,
+                "nearest": [int(j) for j in nearest], "n_examples": int(self.data.sizes["example"])}
+
+
+def told_in_sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What may be quoted; every number comes from the rows."""
+    told = []
+    for answer, what in ANSWERS.items():
+        if of := [row for row in rows if row["answer"] == answer]:
+            told.append(f"{', '.join(str(row['subject']) for row in of)}: {answer} ({what}).")
+    for decision, what in RESTARTS.items():
+        if of := [row for row in rows if row["restarts"][0]["decision"] == decision]:
+            named = "; ".join(f"{row['subject']} {_signed(row['restarts'][0]['difference'])} nat" for row in of)
+            told.append(f"After the first loop, {what}: {named}.")
+    every = Counter(one["decision"] for row in rows for one in row["restarts"])
+    told.append("Over all loops and subjects, restarts are "
+                + ", ".join(f"{decision} {every[decision]} of {every.total()} times" for decision in RESTARTS
+                            if every[decision]) + ".")
+    worse = [row for row in rows
+             if row["restarts"][0]["nll"]["other tokens"] > row["restarts"][0]["nll"]["restart"]]
+    told.append("With the tokens of another example written the NLL is higher than with the model's own in "
+                f"{len(worse)} of {len(rows)} subjects.")
+    return told
+
+
+def _signed(numbers: Mapping[str, float]) -> str:
+    return f"{numbers['value']:+.3f} [{numbers['low']:+.3f}, {numbers['high']:+.3f}]"
+
+
+def _numbers(found: Interval) -> dict[str, float]:
+    return {"value": found.value, "low": found.low, "high": found.high}

@@ -1,0 +1,1 @@
+"""Is the noise level decodable where the model is not told it, and does moving along it change what loops do?"""

@@ -1,0 +1,63 @@
+"""The noise level as table and page: pure functions of the verdict.
+
+    html = page(verdict, figures(verdict["rows"]))
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from studies.questions.noise_level.judge import BEYOND, MOVED, READABLE
+from studies.questions.noise_level.measure import RANDOM, READERS, STEP
+
+METHOD = (
+    "**Read.** Ridge regressions tell the share of the sequence that is masked; half of the examples fit, half judge. "
+    + "; ".join(f"*{name}*: {what}" for name, what in READERS.items())
+    + f". *Decodable*: R² above {READABLE:g} with its interval. *More than confidence*: of the squared error that "
+    f"confidence leaves, the state explains more than {BEYOND:g}.",
+    f"**Moved.** The slope of the state on the share, times ± {STEP:g}, is added to the state that enters loop 1 at "
+    "all masked positions. The work of loop 1 is the divergence of the answer that leaving it out makes. "
+    f"{RANDOM} random directions of the same length stand beside it. "
+    + "; ".join(f"*{name}*: {what}" for name, what in MOVED.items()) + ".",
+    "Intervals are 95%, over training seeds and examples; decisions hold after Holm's correction over the page. δ is "
+    "0.01 nat, or 1% of the NLL.",
+)
+LIMITS = (
+    "An untrained model is read well too: that the noise level can be decoded is no evidence that it is used.",
+    "The slope is linear; a noise level that is kept on a curve would be moved along a chord.",
+)
+
+
+def table(verdict: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per subject."""
+    return pd.DataFrame([{
+        "subject": row["subject"], "before the loops, R²": _told(row["r2_first"], ".2f"),
+        "after the last loop, R²": _told(row["r2_last"], ".2f"), "so it is": row["read"],
+        "untrained": "–" if row["r2_untrained"] is None else f"{row['r2_untrained'][-1]:.2f}",
+        "shuffled": f"{row['r2_shuffled']:.2f}", "beyond confidence": _told(row["partial"], ".2f"),
+        "more than confidence": row["beyond_confidence"],
+        "moving up changes the work by": _told(row["change_of_work"], ".3f"),
+        "the entropy by": _told(row["change_of_entropy"], ".3f"), "the NLL by": _told(row["change_of_nll"], ".3f"),
+        "beyond random pushes": _told(row["extra_work"], ".3f"), "moving along it": row["moved"]}
+        for row in verdict["rows"]])
+
+
+def _told(numbers: Mapping[str, float], form: str) -> str:
+    return f"{numbers['value']:{form}} [{numbers['low']:{form}}, {numbers['high']:{form}}]"
+
+
+def page(verdict: Mapping[str, Any], drawn: Mapping[str, tuple[str, str, go.Figure]]) -> str:
+    """HTML of the study; plotly's script comes from the network, the SVG files need none."""
+    words = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdict["words"])
+    shown = "".join(f"<h2>{html.escape(title)}</h2>{figure.to_html(full_html=False, include_plotlyjs='cdn')}"
+                    f"<p>{html.escape(what)}</p>" for title, what, figure in drawn.values())
+    method = "".join(f"<p>{html.escape(text.replace('*', ''))}</p>" for text in (*METHOD, *LIMITS))
+    return (f"<!doctype html><meta charset='utf-8'><title>LoopScope: {html.escape(verdict['question'])}</title>"
+            "<body style='font-family:sans-serif;max-width:960px;margin:2em auto'>"
+            f"<h1>{html.escape(verdict['question'])}</h1><ul>{words}</ul>{shown}"
+            f"{table(verdict).to_html(index=False, border=0)}<h2>How it is measured</h2>{method}</body>")
