@@ -41,7 +41,7 @@ def exchange_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                                    "arrayminus": [v["value"] - v["low"] for v in values]})
     for threshold in (0.25, 0.5):
         drawn.add_hline(y=threshold, line={"color": RULE, "dash": "dot"})
-    laid_out(drawn, "", "τ, cut to ±1", y_range=[-1.05, 1.1], width=820, height=400)
+    laid_out(drawn, "task", "τ, cut to ±1", y_range=[-1.05, 1.1], width=820, height=400)
     return drawn
 
 

@@ -58,4 +58,4 @@ def moved_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                       marker={"color": ORANGE, "size": 10},
                       error_y={"array": [v["high"] - v["value"] for v in values],
                                "arrayminus": [v["value"] - v["low"] for v in values]})
-    return laid_out(drawn, "", "nat", width=820, height=360)
+    return laid_out(drawn, "task", "change of work beyond random pushes [nat]", width=820, height=360)
