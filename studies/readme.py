@@ -1,6 +1,6 @@
-"""The generated parts of README.md and docs/zoo.md, made from what is bundled: results/ and the cards of zoo/.
+"""The generated parts of README.md, docs/zoo.md and docs/neighbours.md, from what is bundled: results/ and zoo/.
 
-    python studies/readme.py            # rewrite both between their markers
+    python studies/readme.py            # rewrite them between their markers
     python studies/readme.py --check    # say whether they are up to date; exit status 1 if not
 """
 
@@ -20,12 +20,12 @@ from studies.results import RESULTS, read_results
 from studies.zoo import KINDS, ZOO, names, read_card, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-README, ZOO_PAGE = ROOT / "README.md", ROOT / "docs" / "zoo.md"
+README, ZOO_PAGE, NEIGHBOURS = ROOT / "README.md", ROOT / "docs" / "zoo.md", ROOT / "docs" / "neighbours.md"
 
 
 @dataclass(frozen=True)
 class Readme:
-    """Rewrite the generated parts of README.md and docs/zoo.md."""
+    """Rewrite the generated parts of README.md, docs/zoo.md and docs/neighbours.md."""
 
     check: bool = False
     """Only say whether they are up to date."""
@@ -76,6 +76,13 @@ def unlearned_block(zoo: Path = ZOO) -> str:
     return "\n".join([text, bytes_, rows])
 
 
+def question_block(study: str, picture: str) -> str:
+    """The sentences of a study, and a figure of it."""
+    verdict = read_results(RESULTS / study).verdict
+    return "\n".join([*(f"- {sentence}" for sentence in verdict["words"]), "",
+                      f"![{verdict['question']}](../results/{study}/{picture}.svg)"])
+
+
 def between(text: str, name: str, block: str) -> str:
     """``text`` with what stands between the markers of ``name`` replaced. ValueError if they are missing."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -90,8 +97,10 @@ def current() -> dict[Path, str]:
     """The files as they should be."""
     verdict = read_results(RESULTS / "stage_test").verdict
     zoo = between(ZOO_PAGE.read_text(), "zoo", zoo_block())
+    asked = between(NEIGHBOURS.read_text(), "loops_and_steps", question_block("loops_and_steps", "restart"))
     return {README: between(README.read_text(), "verdict", verdict_block(verdict)),
-            ZOO_PAGE: between(zoo, "unlearned", unlearned_block())}
+            ZOO_PAGE: between(zoo, "unlearned", unlearned_block()),
+            NEIGHBOURS: between(asked, "noise_level", question_block("noise_level", "read"))}
 
 
 def main(args: Readme) -> int:

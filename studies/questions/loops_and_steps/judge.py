@@ -20,11 +20,11 @@ from probes.thresholds import THRESHOLDS, Thresholds
 QUESTION = "Does a denoising step continue where the loops of the step before ended?"
 
 ANSWERS = {
-    "starts anew": "its first loop can be done by the first loop of the step before, and not by a later one",
-    "continues": "its first loop can be done by the later loops of the step before, and not by the first",
-    "cannot be told": "its first loop can be done by the first loop of the step before and by the later ones: all "
+    "starts anew": "a step's first loop can be done by the first loop of the step before, and not by a later one",
+    "continues": "a step's first loop can be done by the later loops of the step before, and not by the first",
+    "cannot be told": "a step's first loop can be done by the first loop of the step before and by the later ones: all "
                       "loops do the same",
-    "nothing": "its first loop does no work",
+    "nothing": "a step's first loop does no work",
     "undecided": "the intervals do not tell",
 }
 """What the exchange between steps can say of a step's first loop."""
