@@ -240,15 +240,24 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
     from studies.questions.calibrate.judge import judge as judge_calibration
     from studies.questions.claims.judge import judge as judge_claims
     from studies.questions.claims.page import Group
+    from studies.questions.stage_test.subjects import Examples
 
     model, noised, task, rec = base["model"], base["noised"], base["task"], base["rec"]
     stored = {name: stored_results(name) for name in (
-        "stage_test", "ablations-automaton", "length_generalization-automaton", "claims-automaton")}
+        "stage_test", "ablations-automaton", "length_generalization-automaton", "claims-automaton", "loops_and_steps",
+        "noise_level")}
 
     def trace() -> list[dict[str, np.ndarray]]:
         steps = sample(model, noised[:1], SamplerConfig(n_steps=4, n_loops=2))
         names = ("before", "after", "predicted", "probability", "loops_used", "revealed")
         return [{name: getattr(step, name).numpy() for name in names} for step in steps]
+
+    def drawn() -> Examples:
+        return Examples(noised[:], base["tokens"], noised == task.mask_token_id, None)
+
+    def twice() -> Examples:
+        once = drawn()
+        return Examples(*(torch.cat([part, part]) for part in (once.inputs, once.targets, once.scored)), None)
 
     def probed() -> xr.Dataset:
         latent = base["latent"]
@@ -261,7 +270,8 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
     residual = rec.residual_stream
     ablations, longer, claims = (stored[name] for name in (
         "ablations-automaton", "length_generalization-automaton", "claims-automaton"))
-    stage_tested = stored["stage_test"].verdict
+    stage_tested, stepped, noise = (stored[name] for name in ("stage_test", "loops_and_steps", "noise_level"))
+    stage_tested = stage_tested.verdict
     calibrated = {"key": "one", "truth": "programme", "regime": "programme", "sequence": "ABAB", "letters": "ABAB",
                   "n": 16, "kept": True, "family": "codec", "control": "ABAB", "least_equal": 0.9}
     runs = [{"task": "stories", "change": change, "seed": 0, "budget_flops": 1e9, "nelbo": 1.0, "nelbo@1": 1.1,
@@ -319,6 +329,15 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "studies/questions/choices/page.py": lambda: {"rows": [{"subject": "automaton", "choice": "all masked",
                                                                 "value": 0.9, "each": [0.9]}]},
         "studies/questions/controls/operations.py": lambda: {"bits": torch.randint(0, 2, (3, 12))},
+        "studies/questions/loops_and_steps/measure.py": lambda: {"drawn": drawn()},
+        "studies/questions/loops_and_steps/judge.py": lambda: {"found": stepped.datasets["automaton"]},
+        "studies/questions/loops_and_steps/figures.py": lambda: {"verdict": stepped.verdict},
+        "studies/questions/loops_and_steps/page.py": lambda: {"verdict": stepped.verdict},
+        "studies/questions/noise_level/measure.py": lambda: {"drawn": twice()},
+        "studies/questions/noise_level/judge.py": lambda: {
+            "read": noise.datasets["automaton-read"], "moved": noise.datasets["automaton-moved"]},
+        "studies/questions/noise_level/figures.py": lambda: {"verdict": noise.verdict},
+        "studies/questions/noise_level/page.py": lambda: {"verdict": noise.verdict},
         "studies/questions/recipe/judge.py": lambda: {"runs": runs},
         "studies/questions/recipe/page.py": lambda: {"runs": runs},
         "studies/questions/stage_test/figures.py": lambda: {"verdict": stage_tested},

@@ -1,6 +1,6 @@
 """Loops × denoising steps in decisions and sentences: pure functions of what was measured.
 
-    verdict = judge({"automaton": found}, {"automaton": (24,) * 6})
+    verdict = judge({"automaton": found}, {"automaton": (32,) * 6})
     verdict["rows"][0]["answer"]                              # "starts anew"
 """
 

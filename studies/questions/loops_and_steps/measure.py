@@ -1,6 +1,6 @@
 """What is measured of loops × denoising steps: exchanges between the loops of two steps, and the restart test.
 
-    found = measured(models, drawn, n_loops=4, share=1 / 3, seed=0)
+    found = measured([model], drawn, n_loops=4, share=1 / 3)
     found.kl.sel(step="before"), found.work, found.nll.sel(way="restart")
 
 **Two steps.** A step sees an input with masks. The next one sees the same input in which the model's own most probable

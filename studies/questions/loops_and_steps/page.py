@@ -1,6 +1,6 @@
 """Loops × denoising steps as table and page: pure functions of the verdict.
 
-    html = page(verdict, figures(verdict["rows"]))
+    html = page(verdict, {})                                  # or with figures(verdict["rows"])
 """
 
 from __future__ import annotations

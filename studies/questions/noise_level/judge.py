@@ -1,6 +1,6 @@
 """The noise level in decisions and sentences: pure functions of what was measured.
 
-    verdict = judge({"automaton": (read, moved)}, {"automaton": (60,) * 6}, untrained={"automaton": read_untrained})
+    verdict = judge({"automaton": (read, moved)}, {"automaton": (60,) * 6}, untrained={"automaton": read})
     verdict["rows"][0]["read"], verdict["rows"][0]["moved"]
 """
 
