@@ -22,10 +22,10 @@ from tqdm import tqdm
 from studies.checks import at_least, noise_level, writable
 from studies.questions.loops_and_steps.figures import figures
 from studies.questions.loops_and_steps.judge import judge
-from studies.questions.loops_and_steps.measure import measured
+from studies.questions.loops_and_steps.measure import measure
 from studies.questions.loops_and_steps.page import page
 from studies.questions.stage_test.measure import needed_loops
-from studies.questions.stage_test.subjects import Subject, trained_subjects, untrained_subjects
+from studies.questions.stage_test.subjects import trained_subjects, untrained_subjects
 from studies.results import RESULTS, provenance, write_results
 from studies.zoo import ZOO, load_whole
 
@@ -63,7 +63,7 @@ def main(args: LoopsAndSteps) -> int:
     began = time.monotonic()
     try:
         writable(args.results)
-        todo = subjects(args)
+        todo = [*trained_subjects(args.zoo, args.groups), *untrained_subjects(args.zoo, n=1, groups=("automaton",))]
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -72,7 +72,7 @@ def main(args: LoopsAndSteps) -> int:
         models = subject.load()
         drawn = subject.examples(args.examples, args.seed, (args.t,))
         n_loops = subject.n_loops or needed_loops(models, subject.examples(args.examples, args.seed + 1, (args.t,)))
-        found[subject.name] = measured(models, drawn, n_loops=n_loops, share=args.share)
+        found[subject.name] = measure(models, drawn, n_loops=n_loops, share=args.share)
         sizes[subject.name] = (args.examples,) * len(models)
     entries = load_whole(args.zoo / name for subject in todo for name in subject.entries).values()
     verdict = {**judge(found, sizes, seed=args.seed),
@@ -87,11 +87,6 @@ def main(args: LoopsAndSteps) -> int:
             figure.write_image(folder / f"{name}.svg")
     print("\n".join(verdict["words"]) + f"\nWritten to {folder} in {time.monotonic() - began:.0f} s")
     return 0
-
-
-def subjects(args: LoopsAndSteps) -> list[Subject]:
-    """LoopMDMs of the zoo by group, and an untrained one. ValueError for groups that are not there."""
-    return [*trained_subjects(args.zoo, args.groups), *untrained_subjects(args.zoo, n=1, groups=("automaton",))]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from studies.checks import at_least, writable
 from studies.questions.noise_level.figures import figures
 from studies.questions.noise_level.judge import judge
-from studies.questions.noise_level.measure import LEVELS, measured
+from studies.questions.noise_level.measure import LEVELS, measure
 from studies.questions.noise_level.page import page
 from studies.questions.stage_test.measure import needed_loops
 from studies.questions.stage_test.subjects import trained_subjects, untrained_model
@@ -68,12 +68,12 @@ def main(args: NoiseLevel) -> int:
             continue
         drawn = subject.examples(args.per_level, args.seed, LEVELS)
         n_loops = needed_loops(models, subject.examples(args.per_level, args.seed + 1, (0.9,)))
-        each = [measured(model, drawn, n_loops=n_loops, seed=args.seed) for model in models]
+        each = [measure(model, drawn, n_loops=n_loops, seed=args.seed) for model in models]
         found[subject.name] = tuple(xr.concat(part, "example", coords="minimal", compat="override")
                                     for part in zip(*each, strict=True))
         sizes[subject.name] = (each[0][0].sizes["example"],) * len(models)
         plain = untrained_model(args.zoo / subject.entries[0], args.seed)
-        untrained[subject.name] = measured(plain, drawn, n_loops=n_loops, seed=args.seed)[0]
+        untrained[subject.name] = measure(plain, drawn, n_loops=n_loops, seed=args.seed)[0]
         used += subject.entries
     if not found:
         print("every model of these groups is told the noise level: there is nothing to measure.", file=sys.stderr)

@@ -22,10 +22,10 @@ from studies.questions.claims.judge import Judgement
 from studies.questions.claims.page import HOW_JUDGED
 from studies.questions.length_generalization import page as length_page
 from studies.questions.length_generalization.figures import rows_figure
-from studies.questions.loops_and_steps import page as loops_and_steps_page
-from studies.questions.loops_and_steps.figures import figures as loops_and_steps_figures
-from studies.questions.noise_level import page as noise_level_page
-from studies.questions.noise_level.figures import figures as noise_level_figures
+from studies.questions.loops_and_steps import page as steps_page
+from studies.questions.loops_and_steps.figures import figures as steps_figures
+from studies.questions.noise_level import page as noise_page
+from studies.questions.noise_level.figures import figures as noise_figures
 from studies.questions.stage_test import page as stage_test_page
 from studies.questions.stage_test.figures import figures as stage_test_figures
 from studies.results import Results, made_by
@@ -149,12 +149,13 @@ def _length_generalization(results: Results) -> None:
     _provenance(results)
 
 
-def _question(page: Any, figures: Callable[[Any], Mapping[str, tuple[str, str, Any]]], results: Results) -> None:
+def _question(page: Any, table: Callable[[Mapping[str, Any]], pd.DataFrame],
+              figures: Callable[[Any], Mapping[str, tuple[str, str, Any]]], results: Results) -> None:
     """A question of the neighbouring literature: sentences, figures, a row per subject, how it is measured."""
     verdict = results.verdict
     st.title(str(verdict["question"]), anchor=False)
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
-    rows = page.table(verdict)
+    rows = table(verdict)
     for name, (title, what, drawn) in figures(verdict["rows"]).items():
         own = drawn.layout.to_plotly_json()
         drawn = styled(drawn, height=int(own["height"])).update_layout(width=None, legend=own["legend"],
@@ -204,8 +205,8 @@ def _every_number(results: Results) -> pd.DataFrame:
 PAGES: dict[str, Callable[[Results], None]] = {
     "stage_test": _stage_test, "claims": _claims, "ablations": _ablations,
     "length_generalization": _length_generalization,
-    "loops_and_steps": partial(_question, loops_and_steps_page, loops_and_steps_figures),
-    "noise_level": partial(_question, noise_level_page, noise_level_figures)}
+    "loops_and_steps": partial(_question, steps_page, steps_page.steps_table, steps_figures),
+    "noise_level": partial(_question, noise_page, noise_page.noise_table, noise_figures)}
 """The page of each study."""
 
 main()

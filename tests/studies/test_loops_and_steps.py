@@ -18,8 +18,8 @@ from probes.exchange import Clocks, Trajectory, exchange
 from studies.loops_and_steps import LoopsAndSteps, main
 from studies.questions.loops_and_steps.figures import figures
 from studies.questions.loops_and_steps.judge import judge
-from studies.questions.loops_and_steps.measure import STEPS, WAYS, EarlierClocks, measured, surest
-from studies.questions.loops_and_steps.page import page, table
+from studies.questions.loops_and_steps.measure import STEPS, WAYS, EarlierClocks, measure, surest
+from studies.questions.loops_and_steps.page import page, steps_table
 from studies.questions.stage_test.subjects import Examples
 from studies.results import read_results
 from tests.small import MASK, small_model, small_tokens
@@ -73,7 +73,7 @@ def filled(n: int = 24, length: int = 9) -> tuple[Any, Examples]:
 
 def test_writing_what_the_loops_have_found_is_as_good_as_one_more_loop() -> None:
     model, drawn = filled()
-    found = measured([model], drawn, n_loops=6, share=1 / 3)
+    found = measure([model], drawn, n_loops=6, share=1 / 3)
     nll = found.nll.mean("example")
     four = nll.sel(loop_written=3)             # four of eight are known, and half of them are written
     assert float(four.sel(way="restart")) == pytest.approx(float(four.sel(way="go on")), abs=1e-5)
@@ -103,7 +103,7 @@ def test_between_steps_only_the_clock_of_the_operation_is_the_earlier_one() -> N
     model, tokens = small_model(seed=3), small_tokens(12)
     truth = torch.randint(0, 6, tokens.shape, generator=torch.Generator().manual_seed(1))
     drawn = Examples(tokens, truth, tokens == MASK, None)
-    found = measured([model], drawn, n_loops=3, share=0.5)
+    found = measure([model], drawn, n_loops=3, share=0.5)
     cycle = own_loops(model.topology(3))
     answer = model(tokens, 3)
     written = surest(answer, drawn.scored, 0.5)
@@ -132,7 +132,7 @@ def test_restarts_equal_runs_by_hand() -> None:
     model, tokens = small_model(seed=3), small_tokens(8)
     truth = torch.randint(0, 6, tokens.shape, generator=torch.Generator().manual_seed(1))
     drawn = Examples(tokens, truth, tokens == MASK, None)
-    found = measured([model], drawn, n_loops=3, share=0.5).nll
+    found = measure([model], drawn, n_loops=3, share=0.5).nll
     for k in (0, 1):
         answer = model(tokens, k + 1)
         written = surest(answer, drawn.scored, 0.5)
@@ -153,7 +153,7 @@ def test_restarts_equal_runs_by_hand() -> None:
 def test_distances_are_nearest_to_themselves() -> None:
     model, tokens = small_model(seed=3), small_tokens(12)
     drawn = Examples(tokens, tokens.clamp_max(5), tokens == MASK, None)
-    distance = measured([model], drawn, n_loops=3, share=0.01).distance.mean("example")   # nothing is written
+    distance = measure([model], drawn, n_loops=3, share=0.01).distance.mean("example")   # nothing is written
     np.testing.assert_allclose(np.diag(distance), 0, atol=1e-6)
     assert (distance.values[~np.eye(4, dtype=bool)] > 0.01).all()
 
@@ -219,7 +219,7 @@ def test_sentences_say_what_the_rows_say() -> None:
     drawn = figures(verdict["rows"])
     html = page(verdict, drawn)
     assert all(name in html for name in found)
-    assert list(table(verdict)["a step"]) == ["starts anew", "continues", "starts anew"]
+    assert list(steps_table(verdict)["a step"]) == ["starts anew", "continues", "starts anew"]
     blue = drawn["exchange"][2].data[0]
     np.testing.assert_allclose(blue.y, [row["first"]["value"] for row in verdict["rows"]])
 

@@ -16,8 +16,8 @@ from hooks import adopt
 from studies.noise_level import NoiseLevel, main
 from studies.questions.noise_level.figures import figures
 from studies.questions.noise_level.judge import judge, r_squared
-from studies.questions.noise_level.measure import RANDOM, READERS, measured, slope_of
-from studies.questions.noise_level.page import page, table
+from studies.questions.noise_level.measure import RANDOM, READERS, measure, slope_of
+from studies.questions.noise_level.page import noise_table, page
 from studies.questions.stage_test.subjects import Examples
 from studies.results import read_results
 from tests.small_zoo import make_zoo
@@ -69,7 +69,7 @@ def planted(used: int, stored: bool = True) -> tuple[xr.Dataset, xr.Dataset]:
     inputs = clean.masked_fill(masked, 2)
     tokenizer = type("Bits", (), {"mask_token_id": 2})()
     model = adopt(Stores(used, stored), layers=["b"], n_loops=2, readout=answers, tokenizer=tokenizer)
-    return measured(model, Examples(inputs, clean, masked, None), n_loops=2, seed=1)
+    return measure(model, Examples(inputs, clean, masked, None), n_loops=2, seed=1)
 
 
 def decided(read: xr.Dataset, moved: xr.Dataset) -> dict[str, Any]:
@@ -118,11 +118,11 @@ def test_those_who_fit_do_not_judge() -> None:
     masked[:, 0] = True
     tokenizer = type("Bits", (), {"mask_token_id": 2})()
     model = adopt(Stores(4, False), layers=["b"], n_loops=2, readout=answers, tokenizer=tokenizer)
-    read, _ = measured(model, Examples(clean.masked_fill(masked, 2), clean, masked, None), n_loops=2, seed=0)
+    read, _ = measure(model, Examples(clean.masked_fill(masked, 2), clean, masked, None), n_loops=2, seed=0)
     assert read.sizes["example"] == 8
     assert r_squared(read.error).max() < 0.3
     with pytest.raises(ValueError, match="at least 8"):
-        measured(model, Examples(clean[:4], clean[:4], masked[:4], None), n_loops=3, seed=0)
+        measure(model, Examples(clean[:4], clean[:4], masked[:4], None), n_loops=3, seed=0)
 
 
 # --------------------------------------------------------------------- decisions
@@ -168,7 +168,7 @@ def test_sentences_say_what_the_rows_say() -> None:
     assert "Moving along it changes the work of the loop more than random pushes of the same length do: one " in words
     drawn = figures(verdict["rows"])
     assert all(name in page(verdict, drawn) for name in found)
-    assert list(table(verdict)["so it is"]) == ["decodable", "not decodable"]
+    assert list(noise_table(verdict)["so it is"]) == ["decodable", "not decodable"]
     np.testing.assert_allclose(drawn["read"][2].data[1].y, verdict["rows"][0]["r2_untrained"])
 
 

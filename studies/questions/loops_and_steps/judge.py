@@ -47,7 +47,7 @@ def judge(found: Mapping[str, xr.Dataset], sizes: Mapping[str, Sequence[int]], *
              for name, data in found.items()}
     claims.settle()
     rows = [cell.row() for cell in cells.values()]
-    return {"question": QUESTION, "rows": rows, "words": told_in_sentences(rows)}
+    return {"question": QUESTION, "rows": rows, "words": _sentences(rows)}
 
 
 class _Cell:
@@ -110,7 +110,7 @@ class _Cell:
                 "nearest": [int(j) for j in nearest], "n_examples": int(self.data.sizes["example"])}
 
 
-def told_in_sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What may be quoted; every number comes from the rows."""
     told = []
     for answer, what in ANSWERS.items():

@@ -1,6 +1,6 @@
 """What is measured of loops × denoising steps: exchanges between the loops of two steps, and the restart test.
 
-    found = measured([model], drawn, n_loops=4, share=1 / 3)
+    found = measure([model], drawn, n_loops=4, share=1 / 3)
     found.kl.sel(step="before"), found.work, found.nll.sel(way="restart")
 
 **Two steps.** A step sees an input with masks. The next one sees the same input in which the model's own most probable
@@ -60,7 +60,7 @@ class EarlierClocks(Clocks):
 
 
 @torch.no_grad()
-def measured(models: Sequence[LoopedModel], drawn: Examples, *, n_loops: int, share: float) -> xr.Dataset:
+def measure(models: Sequence[LoopedModel], drawn: Examples, *, n_loops: int, share: float) -> xr.Dataset:
     """Per example, those of all models one after another.
 
     ``kl`` [step, content, operation, example] and ``work`` [content, example], nats, of the later step; ``distance``

@@ -39,7 +39,7 @@ def judge(found: Mapping[str, tuple[xr.Dataset, xr.Dataset]], sizes: Mapping[str
              for name, data in found.items()}
     claims.settle()
     rows = [cell.row(untrained.get(name)) for name, cell in cells.items()]
-    return {"question": QUESTION, "rows": rows, "words": told_in_sentences(rows)}
+    return {"question": QUESTION, "rows": rows, "words": _sentences(rows)}
 
 
 def r_squared(error: xr.DataArray, reader: str = "state", base: str = "mean") -> np.ndarray:
@@ -102,7 +102,7 @@ class _Cell:
                 "n_examples": int(self.read.sizes["example"])}
 
 
-def told_in_sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What may be quoted; every number comes from the rows."""
     told = []
     for word in ("decodable", "not decodable", "undecided"):

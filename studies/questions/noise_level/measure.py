@@ -1,6 +1,6 @@
 """What is measured of the noise level: how well it can be read at each loop, and what moving along it does.
 
-    read, moved = measured(model, drawn, n_loops=4, seed=0)
+    read, moved = measure(model, drawn, n_loops=4, seed=0)
     read.error, moved.work.sel(push="along", sign=1)
 
 **Read.** From the state at one masked position a ridge regression tells the share of the sequence that is masked. It is
@@ -52,7 +52,7 @@ SOURCE = "ours; after 2607.01774"
 
 
 @torch.no_grad()
-def measured(model: LoopedModel, drawn: Examples, *, n_loops: int, seed: int, loop: int = 1,
+def measure(model: LoopedModel, drawn: Examples, *, n_loops: int, seed: int, loop: int = 1,
              ) -> tuple[xr.Dataset, xr.Dataset]:
     """(``error`` [reader, loop, example], the squared error of the share, mean over an example's positions; entropy,
     nll and work [push, sign, example], of the states that enter ``loop``); both over the examples that judge.

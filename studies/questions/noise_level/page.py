@@ -33,7 +33,7 @@ LIMITS = (
 )
 
 
-def table(verdict: Mapping[str, Any]) -> pd.DataFrame:
+def noise_table(verdict: Mapping[str, Any]) -> pd.DataFrame:
     """A row per subject."""
     return pd.DataFrame([{
         "subject": row["subject"], "before the loops, R²": _told(row["r2_first"], ".2f"),
@@ -60,4 +60,4 @@ def page(verdict: Mapping[str, Any], drawn: Mapping[str, tuple[str, str, go.Figu
     return (f"<!doctype html><meta charset='utf-8'><title>LoopScope: {html.escape(verdict['question'])}</title>"
             "<body style='font-family:sans-serif;max-width:960px;margin:2em auto'>"
             f"<h1>{html.escape(verdict['question'])}</h1><ul>{words}</ul>{shown}"
-            f"{table(verdict).to_html(index=False, border=0)}<h2>How it is measured</h2>{method}</body>")
+            f"{noise_table(verdict).to_html(index=False, border=0)}<h2>How it is measured</h2>{method}</body>")
