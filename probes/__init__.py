@@ -6,7 +6,7 @@
 """
 
 from probes.attention import attention_summary, pattern_distance, patterns
-from probes.causal import causal_scan, over_examples
+from probes.causal import causal_scan
 from probes.exchange import exchange, tau
 from probes.gains import gains
 from probes.geometry import (
@@ -18,6 +18,7 @@ from probes.geometry import (
     matrix_entropy,
     trajectory_pca,
 )
+from probes.intervals import over_examples
 from probes.lenses import read_lens
 from probes.linear import probe_latent, ridge_probes
 from probes.measurement import depth_coords, measurement

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
@@ -31,9 +30,9 @@ from torch import Tensor
 
 from hooks.contract import Context, Inputs, Levels, LoopedModel
 from hooks.topology import Topology
+from probes.exchange import derangement
 from probes.gains import check_targets
-from probes.intervals import LEVEL, Resampling
-from probes.measurement import check_finite, depth_coords, measurement
+from probes.measurement import check_finite, depth_coords, mean_over_positions, measurement
 
 Effect = Literal["skip", "mean", "resample", "repeat", "freeze"]
 
@@ -90,8 +89,7 @@ def causal_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
         check_finite(logits, "the model's answer", ruled_out=True)
         judge = _Judge(logits, *_asked(model, inputs, logits, targets, scored))
         where = _places(at, states[0])
-        other = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        other = other.roll(1)[other.argsort()]          # a cycle through all examples: none meets itself
+        other = derangement(n, seed)
         found = {name: torch.full((len(effects), context.topology.depth, n), torch.nan) for name in judge.names}
         for depth in range(context.topology.depth):
             defined, changed = [], []
@@ -120,22 +118,6 @@ def causal_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
     variables["kl"].attrs["long_name"] = _Judge.MEASURES["kl"][0]
     return xr.Dataset(variables, attrs={"n_loops": context.topology.n_loops, "definition": definition,
                                         "source": source})
-
-
-def over_examples(values: xr.DataArray, *, n_resamples: int = 2000, seed: int = 0) -> xr.Dataset:
-    """Mean over ``example`` with its 95% bootstrap interval: ``value``, ``low``, ``high``; NaN examples are left out.
-
-    Raises ValueError without an example dimension.
-    """
-    if "example" not in values.dims:
-        raise ValueError(f"values have the dimensions {', '.join(map(str, values.dims))}, and no examples.")
-    first = values.transpose("example", ...)
-    draws = Resampling((first.sizes["example"],), n_resamples=n_resamples, seed=seed).mean(first.values)
-    mean = first.mean("example", keep_attrs=True)
-    tail = (1 - LEVEL) / 2
-    low, high = (mean.copy(data=np.where(mean.isnull(), np.nan, bound)) for bound in
-                 np.nanquantile(np.where(mean.isnull(), 0.0, draws), [tail, 1 - tail], axis=0))
-    return xr.Dataset({"value": mean, "low": low, "high": high})
 
 
 # ------------------------------------------------------------------------------ states, patched
@@ -174,13 +156,12 @@ def get_act_patch_loops(model: LoopedModel, corrupted: Inputs, clean: Inputs, me
     `get_act_patch_resid_pre`. Raises ValueError where nothing is looped.
     """
     with model.exclusive():
-        here, there, ends, context = _pair(model, corrupted, clean, metric, n_loops, t)
+        _, there, ends, context = _pair(model, corrupted, clean, metric, n_loops, t)
         after = [loop[-1] + 1 for loop in context.topology.loop_depths()]
         if not after:
             raise ValueError(f"{model.name} loops no layer.")
         versions = torch.stack([there[depth] for depth in after])
         values = torch.stack([_each(model, depth, versions, context, _once(metric), rows)[0] for depth in after])
-    del here
     found = _patched(values, ("loop", "clean_loop", "example"), ends, None, "the state after a loop")
     return found.assign_coords(loop=range(len(after)), clean_loop=range(len(after)))
 
@@ -247,7 +228,7 @@ def logit_of(tokens: Int[Tensor, "batch pos"], scored: Bool[Tensor, "batch pos"]
     def metric(logits: Tensor, rows: Tensor) -> Tensor:
         finite = logits.masked_fill(~torch.isfinite(logits) | (logits < -1e4), 0.0)   # a mask that is never predicted
         value = logits.gather(-1, tokens[rows].clamp_min(0)[..., None].to(logits.device))[..., 0] - finite.mean(-1)
-        return _mean_over(value, scored[rows].to(logits.device))
+        return mean_over_positions(value, scored[rows].to(logits.device))
 
     return metric
 
@@ -257,7 +238,7 @@ def nll_of(tokens: Int[Tensor, "batch pos"], scored: Bool[Tensor, "batch pos"]) 
     def metric(logits: Tensor, rows: Tensor) -> Tensor:
         log_p = logits.float().log_softmax(-1)
         nll = -log_p.gather(-1, tokens[rows].clamp_min(0)[..., None].to(logits.device))[..., 0]
-        return _mean_over(nll, scored[rows].to(logits.device))
+        return mean_over_positions(nll, scored[rows].to(logits.device))
 
     return metric
 
@@ -282,15 +263,9 @@ class _Judge:
         nll = -log_p.gather(-1, truth.clamp_min(0)[..., None])[..., 0]
         kl = (clean.exp() * (clean - log_p)).nan_to_num(0.0).sum(-1)
         right = (logits.argmax(-1) == truth).float()
-        accuracy = _mean_over(right, scored)
-        return torch.stack([_mean_over(nll, scored), _mean_over(kl, scored), accuracy,
+        accuracy = mean_over_positions(right, scored)
+        return torch.stack([mean_over_positions(nll, scored), mean_over_positions(kl, scored), accuracy,
                             torch.where(accuracy.isnan(), torch.nan, (accuracy == 1).float())]).cpu()
-
-
-def _mean_over(values: Float[Tensor, "row pos"], where: Bool[Tensor, "row pos"]) -> Float[Tensor, "row"]:
-    number = where.sum(1)
-    total = torch.where(where, values, 0.0).sum(1)
-    return torch.where(number > 0, total / number.clamp_min(1), torch.nan)
 
 
 def _asked(model: LoopedModel, inputs: Inputs, logits: Tensor, targets: Tensor | None, scored: Tensor | None,

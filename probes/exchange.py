@@ -140,7 +140,7 @@ def exchange(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, maps: Maps = "
     where = checked_scored(model, inputs, run, scored)
     if frame is None:
         frame = Clocks.of(run, group_of(checked_roles(roles, where, run), clock))
-    order = torch.arange(n) if shuffle is None else _derangement(n, shuffle)
+    order = torch.arange(n) if shuffle is None else derangement(n, shuffle)
     kl = np.full((n_places, n_places, n), np.nan)
     changed = kl.copy()
     work, changed_by_skip = np.full((n_places, n), np.nan), np.full((n_places, n), np.nan)
@@ -330,7 +330,7 @@ def _groups(items: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(items[start:start + size])
 
 
-def _derangement(n: int, seed: int) -> Int[Tensor, "example"]:
+def derangement(n: int, seed: int) -> Int[Tensor, "example"]:
     """A random order in which no example stands in its own place: a cycle through all of them."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     moved = torch.empty_like(order)

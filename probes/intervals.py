@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -21,6 +21,9 @@ from jaxtyping import Float, Int, Shaped
 
 LEVEL = 0.95
 """Coverage of every interval."""
+
+Side = Literal["above", "below", "within", ""]
+"""Where a quantity lies relative to what it was compared with; "" is not decided."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,22 @@ def _finite(statistic: Callable[..., float], samples: tuple[Any, ...]) -> float:
     return value
 
 
+def over_examples(values: xr.DataArray, *, n_resamples: int = 2000, seed: int = 0) -> xr.Dataset:
+    """Mean over ``example`` with its 95% bootstrap interval: ``value``, ``low``, ``high``; NaN examples are left out.
+
+    Raises ValueError without an example dimension.
+    """
+    if "example" not in values.dims:
+        raise ValueError(f"values have the dimensions {', '.join(map(str, values.dims))}, and no examples.")
+    first = values.transpose("example", ...)
+    draws = Resampling((first.sizes["example"],), n_resamples=n_resamples, seed=seed).mean(first.values)
+    mean = first.mean("example", keep_attrs=True)
+    tail = (1 - LEVEL) / 2
+    low, high = (mean.copy(data=np.where(mean.isnull(), np.nan, bound)) for bound in
+                 np.nanquantile(np.where(mean.isnull(), 0.0, draws), [tail, 1 - tail], axis=0))
+    return xr.Dataset({"value": mean, "low": low, "high": high})
+
+
 # ------------------------------------------------------------------------ tests
 
 def p_above(draws: Float[np.ndarray, "resample"], threshold: float) -> float:
@@ -164,3 +183,40 @@ def holm(p_values: Sequence[float]) -> Float[np.ndarray, "test"]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1.0, stepped)
     return adjusted
+
+
+class Claims:
+    """All claims of a report. Register first, `settle` once, then ask."""
+
+    def __init__(self, level: float):
+        self.level = level
+        self._p: dict[tuple, float] = {}
+        self._side: dict[tuple, Side] = {}
+        self._adjusted: dict[tuple, float] = {}
+
+    def add(self, key: tuple, draws: Float[np.ndarray, "resample"], *, above: float | None = None,
+            below: float | None = None, within: float | None = None) -> None:
+        """Test whichever of the sides that are given the draws speak for most; p counts how many were tried."""
+        tried: dict[Side, float] = {}
+        if above is not None:
+            tried["above"] = p_above(draws, above)
+        if below is not None:
+            tried["below"] = p_below(draws, below)
+        if within is not None:
+            tried["within"] = p_equivalent(draws, within)
+        side = min(tried, key=lambda name: tried[name])
+        self._p[key] = min(1.0, tried[side] * len(tried))
+        self._side[key] = side
+
+    def settle(self) -> None:
+        keys = list(self._p)
+        self._adjusted = dict(zip(keys, holm([self._p[key] for key in keys]).tolist(), strict=True))
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self._p
+
+    def p(self, key: tuple) -> float:
+        return self._adjusted[key]
+
+    def side(self, key: tuple) -> Side:
+        return self._side[key] if self._adjusted[key] <= self.level else ""

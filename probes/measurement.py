@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import Topology
@@ -41,6 +42,12 @@ def check_finite(values: Tensor | np.ndarray, what: str, *, ruled_out: bool = Fa
     if not fine:
         raise ValueError(f"{what} holds NaN or infinite values: NaN or infinite weights or inputs, or a loop that "
                          "blows up. Nothing can be measured there.")
+
+
+def mean_over_positions(values: Float[Tensor, "row pos"], where: Bool[Tensor, "row pos"]) -> Float[Tensor, "row"]:
+    """Mean over the positions that are chosen in each row; NaN where there are none."""
+    number = where.sum(1)
+    return torch.where(number > 0, torch.where(where, values, 0.0).sum(1) / number.clamp_min(1), torch.nan)
 
 
 def depth_coords(topology: Topology) -> dict[Hashable, Any]:

@@ -18,11 +18,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from probes.intervals import Interval, Resampling, holm, interval, p_above, p_below, p_equivalent
+from probes.intervals import Claims, Interval, Resampling, Side, interval
 from probes.thresholds import THRESHOLDS, Thresholds
 
 Regime = Literal["iterating", "unrolled", "programme", "settled", "drifting", "nothing", "undecided"]
-Side = Literal["above", "below", "within", ""]
 Operation = Literal["same", "changing", "programme", ""]
 
 IDLE, UNKNOWN = "·", "?"
@@ -104,45 +103,6 @@ def judge(report: Sequence[Evidence], *, thresholds: Thresholds = THRESHOLDS, se
         cells += [_Cell(evidence, loops, claims, thresholds, drawn) for loops in evidence.ranges]
     claims.settle()
     return [cell.finding() for cell in cells]
-
-
-# ----------------------------------------------------------------------------- claims
-
-class Claims:
-    """All claims of a report. Register first, `settle` once, then ask."""
-
-    def __init__(self, level: float):
-        self.level = level
-        self._p: dict[tuple, float] = {}
-        self._side: dict[tuple, Side] = {}
-        self._adjusted: dict[tuple, float] = {}
-
-    def add(self, key: tuple, draws: Float[np.ndarray, "resample"], *, above: float | None = None,
-            below: float | None = None, within: float | None = None) -> None:
-        """Test whichever of the sides that are given the draws speak for most; p counts how many were tried."""
-        tried: dict[Side, float] = {}
-        if above is not None:
-            tried["above"] = p_above(draws, above)
-        if below is not None:
-            tried["below"] = p_below(draws, below)
-        if within is not None:
-            tried["within"] = p_equivalent(draws, within)
-        side = min(tried, key=lambda name: tried[name])
-        self._p[key] = min(1.0, tried[side] * len(tried))
-        self._side[key] = side
-
-    def settle(self) -> None:
-        keys = list(self._p)
-        self._adjusted = dict(zip(keys, holm([self._p[key] for key in keys]).tolist(), strict=True))
-
-    def __contains__(self, key: tuple) -> bool:
-        return key in self._p
-
-    def p(self, key: tuple) -> float:
-        return self._adjusted[key]
-
-    def side(self, key: tuple) -> Side:
-        return self._side[key] if self._adjusted[key] <= self.level else ""
 
 
 # ------------------------------------------------------------------------------- cells

@@ -19,8 +19,8 @@ from probes.causal import (
     get_act_patch_resid_pre,
     logit_of,
     nll_of,
-    over_examples,
 )
+from probes.intervals import over_examples
 from tests.small import MASK, small_model, small_tokens
 from tests.specimens import SPECIMENS
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from probes import stage_test
-from probes.intervals import p_above
-from probes.stage_rule import Claims, Evidence, Exchanges, Layers, judge
+from probes.intervals import Claims, p_above
+from probes.stage_rule import Evidence, Exchanges, Layers, judge
 from probes.thresholds import THRESHOLDS
 from tests.small import small_model, small_tokens
 from tests.small_planned import examples, planned

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probes.intervals import Interval, Resampling, interval
-from probes.stage_rule import Claims
+from probes.intervals import Claims, Interval, Resampling, interval
 from probes.thresholds import THRESHOLDS, Thresholds
 
 QUESTION = "Does a denoising step continue where the loops of the step before ended?"

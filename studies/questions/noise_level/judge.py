@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probes.intervals import Interval, Resampling, interval
-from probes.stage_rule import Claims
+from probes.intervals import Claims, Interval, Resampling, interval
 from probes.thresholds import THRESHOLDS, Thresholds
 
 QUESTION = "Is the noise level decodable where the model is not told it, and does moving along it change the work?"
