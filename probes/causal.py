@@ -5,7 +5,7 @@ the start: the state before it is that of the clean run, and all changes at one 
 
     found = causal_scan(model, noised, targets=tokens, n_loops=4)
     found.nll.sel(effect="skip")                              # [depth, example], nats that the answer gets worse by
-    over_examples(found.nll).value                            # [effect, depth] with low and high
+    found.nll.mean("example")                                 # [effect, depth]; `probes.over_examples`: intervals
 
     metric = nll_of(tokens, model.scored(noised))
     get_act_patch_resid_pre(model, noised.roll(1, 0), noised, metric)       # [depth, pos, example], from clean states
@@ -64,9 +64,9 @@ def causal_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
 
     Over (effect, depth, example), means over an example's scored positions: ``nll`` [nat], the rise of the NLL of the
     targets; ``kl`` [nat], KL(clean ‖ changed); ``accuracy``, the fall of the share of right answers; ``exact``, 1 where
-    all were right and are not any more, −1 the other way round. ``clean_nll``, ``clean_accuracy`` and ``clean_exact``
-    [example] are what they fall from. NaN where an effect is not defined: ``freeze`` outside the loops and in loop 0,
-    and examples without a scored position.
+    all were right and are not any more, −1 the other way round. ``clean_nll`` and so on [example] are those of the run
+    as it is. NaN where an effect is not defined: ``freeze`` outside the loops and in loop 0, and examples without a
+    scored position.
 
     ``effects`` are some of `EFFECTS`. ``targets`` [batch, pos] are clean tokens, by default next tokens. ``scored``
     are the positions whose answers count, ``at`` those that are changed (all by default): other positions see the
@@ -107,15 +107,12 @@ def causal_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
     definition = "; ".join(f"{effect}: {EFFECTS[effect][0]}" for effect in effects)
     source = "; ".join(dict.fromkeys(EFFECTS[effect][1] for effect in effects))
     variables = {}
-    for m, (name, (long_name, units)) in enumerate(_Judge.MEASURES.items()):
-        falls = name in ("accuracy", "exact")
-        values = clean[m] - found[name] if falls else found[name] - clean[m]
+    for m, (name, (long_name, units, change)) in enumerate(_Judge.MEASURES.items()):
+        values = clean[m] - found[name] if change == "fall" else found[name] - clean[m]
         variables[name] = measurement(values, ("effect", "depth", "example"), coords=coords, units=units, source=source,
-                                      long_name=f"{'fall' if falls else 'rise'} of {long_name}", definition=definition)
-        if name != "kl":
-            variables[f"clean_{name}"] = measurement(clean[m], ("example",), long_name=long_name, units=units,
-                                                     definition="of the run as it is", source="the model's own answer")
-    variables["kl"].attrs["long_name"] = _Judge.MEASURES["kl"][0]
+                                      long_name=f"{change} of {long_name}", definition=definition)
+        variables[f"clean_{name}"] = measurement(clean[m], ("example",), long_name=long_name, units=units,
+                                                 definition="of the run as it is", source="the model's own answer")
     return xr.Dataset(variables, attrs={"n_loops": context.topology.n_loops, "definition": definition,
                                         "source": source})
 
@@ -248,9 +245,11 @@ def nll_of(tokens: Int[Tensor, "batch pos"], scored: Bool[Tensor, "batch pos"]) 
 class _Judge:
     """The measures of an answer, each a number per example."""
 
-    MEASURES: Mapping[str, tuple[str, str]] = {
-        "nll": ("NLL of the targets", "nat"), "kl": ("divergence from the clean answer", "nat"),
-        "accuracy": ("share of right answers", "1"), "exact": ("examples whose answers are all right", "1")}
+    MEASURES: Mapping[str, tuple[str, str, Literal["rise", "fall"]]] = {
+        "nll": ("NLL of the targets", "nat", "rise"), "kl": ("divergence from the clean answer", "nat", "rise"),
+        "accuracy": ("share of right answers", "1", "fall"),
+        "exact": ("examples whose answers are all right", "1", "fall")}
+    """Long name and units, and which way it changes where an answer gets worse."""
     names = tuple(MEASURES)
 
     def __init__(self, clean: Tensor, targets: Tensor, scored: Tensor):

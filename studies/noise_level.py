@@ -19,6 +19,7 @@ import tyro
 import xarray as xr
 from tqdm import tqdm
 
+from hooks import HookedLoopMDM, LoopedModel
 from studies.checks import at_least, writable
 from studies.questions.noise_level.figures import figures
 from studies.questions.noise_level.judge import judge
@@ -63,14 +64,15 @@ def main(args: NoiseLevel) -> int:
     found, sizes, untrained, used = {}, {}, {}, []
     for subject in tqdm(todo, desc="noise level", unit="subject", disable=None):
         models = subject.load()
-        if models[0].config.time_conditioning != "none":  # type: ignore[attr-defined]
+        if told_the_level(models[0]):
             print(f"{subject.name} is left out: it is told the noise level.", file=sys.stderr)
             continue
         drawn = subject.examples(args.per_level, args.seed, LEVELS)
         n_loops = needed_loops(models, subject.examples(args.per_level, args.seed + 1, (0.9,)))
         each = [measure(model, drawn, n_loops=n_loops, seed=args.seed) for model in models]
-        found[subject.name] = tuple(xr.concat(part, "example", coords="minimal", compat="override")
-                                    for part in zip(*each, strict=True))
+        read, moved = (xr.concat(part, "example", coords="minimal", compat="override")
+                       for part in zip(*each, strict=True))
+        found[subject.name] = read, moved
         sizes[subject.name] = (each[0][0].sizes["example"],) * len(models)
         plain = untrained_model(args.zoo / subject.entries[0], args.seed)
         untrained[subject.name] = measure(plain, drawn, n_loops=n_loops, seed=args.seed)[0]
@@ -79,7 +81,7 @@ def main(args: NoiseLevel) -> int:
         print("every model of these groups is told the noise level: there is nothing to measure.", file=sys.stderr)
         return 2
     entries = load_whole(args.zoo / name for name in used).values()
-    verdict = {**judge(found, sizes, untrained=untrained, seed=args.seed),  # type: ignore[arg-type]
+    verdict = {**judge(found, sizes, untrained=untrained, seed=args.seed),
                "provenance": provenance(args, entries, seconds=time.monotonic() - began)}
     drawn_figures = figures(verdict["rows"])
     datasets = {f"{name}-{what}": data.astype(np.float32) for name, parts in found.items()
@@ -91,6 +93,11 @@ def main(args: NoiseLevel) -> int:
             figure.write_image(folder / f"{name}.svg")
     print("\n".join(verdict["words"]) + f"\nWritten to {folder} in {time.monotonic() - began:.0f} s")
     return 0
+
+
+def told_the_level(model: LoopedModel) -> bool:
+    """Is the model conditioned on the noise level? The zoo's are LoopMDMs, whose configuration says so."""
+    return isinstance(model, HookedLoopMDM) and model.config.time_conditioning != "none"
 
 
 if __name__ == "__main__":

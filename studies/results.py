@@ -151,13 +151,19 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 def provenance(args: Any, entries: Iterable[Entry], *, seconds: float) -> dict[str, Any]:
     """Where a result comes from: the command's settings, the weights by hash, versions, machine, time."""
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()
-                if key not in ("zoo", "results")}
+    settings = {key: _within_the_project(value) if isinstance(value, Path) else value
+                for key, value in asdict(args).items() if key not in ("zoo", "results")}
     models = {entry.name: {"sha256": file_hash(entry.path / "model.safetensors"), "command": entry.card["command"]}
               for entry in entries}
     return {"program": "python " + " ".join([f"studies/{Path(sys.argv[0]).name}", *sys.argv[1:]]), "settings": settings,
             "models": models, "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "xarray": xr.__version__}}
+
+
+def _within_the_project(path: Path) -> str:
+    """A path of the project as it is from there: where somebody's copy lies is no part of a result."""
+    root = Path(__file__).resolve().parents[1]
+    return str(path.resolve().relative_to(root)) if path.resolve().is_relative_to(root) else str(path)
 
 
 def file_hash(path: str | Path) -> str:

@@ -27,7 +27,14 @@ from studies.questions.stage_test.judge import judge, read_calibration, summary_
 from studies.questions.stage_test.measure import Settings, measure
 from studies.questions.stage_test.others import other_subjects
 from studies.questions.stage_test.page import page
-from studies.questions.stage_test.subjects import LEVELS, Subject, codec_subjects, untrained_subjects, zoo_subjects
+from studies.questions.stage_test.subjects import (
+    LEVELS,
+    Subject,
+    chosen_subjects,
+    codec_subjects,
+    untrained_subjects,
+    zoo_subjects,
+)
 from studies.results import RESULTS, provenance, write_results
 from studies.zoo import ZOO, load_whole
 
@@ -72,14 +79,7 @@ class StageTest:
 
 def subjects(args: StageTest) -> list[Subject]:
     """What is tested. ValueError for groups that are not in the zoo, or if there is nothing."""
-    found = zoo_subjects(args.zoo)
-    names = list(dict.fromkeys(subject.name for subject in found))
-    if unknown := sorted(set(args.groups) - set(names)):
-        raise ValueError(f"no looped model of {', '.join(unknown)} is in {args.zoo}; there are "
-                         f"{', '.join(names) or 'none'}. Train one with `python studies/pretrain.py`.")
-    if not found:
-        raise ValueError(f"no looped model is in {args.zoo}: train one with `python studies/pretrain.py`.")
-    chosen = [subject for subject in found if not args.groups or subject.name in args.groups]
+    chosen = chosen_subjects(zoo_subjects(args.zoo), args.zoo, args.groups)
     others, missing = other_subjects(args.specimens)
     for name, how in missing.items() if not args.groups else ():
         print(f"{name} is left out: {how}.", file=sys.stderr)

@@ -26,6 +26,7 @@ from studies.questions.loops_and_steps import page as steps_page
 from studies.questions.loops_and_steps.figures import figures as steps_figures
 from studies.questions.noise_level import page as noise_page
 from studies.questions.noise_level.figures import figures as noise_figures
+from studies.questions.question_page import Drawings
 from studies.questions.stage_test import page as stage_test_page
 from studies.questions.stage_test.figures import figures as stage_test_figures
 from studies.results import Results, made_by
@@ -56,14 +57,7 @@ def _stage_test(results: Results) -> None:
     st.markdown(f"#### {verdict['answer']}")
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
     rows = pd.DataFrame(stage_test_page.rows_for_table(verdict))
-    for name, (title, what, drawn) in stage_test_figures(verdict["found"], verdict["main"]).items():
-        own = drawn.layout.to_plotly_json()
-        drawn = styled(drawn, height=int(own["height"])).update_layout(width=None, legend=own["legend"],
-                                                                       margin=own["margin"])
-        show.figure(drawn, what, name=name, title=title, table=lambda: rows)
-    st.header("Every subject", anchor=False)
-    st.dataframe(rows, hide_index=True, width="stretch",
-                 column_config={"subject": st.column_config.TextColumn(pinned=True)})
+    _figures_and_rows(results, stage_test_figures(verdict["found"], verdict["main"]), rows)
     with st.expander("How it is measured", icon=":material/menu_book:"):
         st.markdown("\n\n".join(stage_test_page.METHOD))
     with st.expander(f"What is undecided, and why ({len(verdict['open'])})", icon=":material/help:"):
@@ -150,24 +144,28 @@ def _length_generalization(results: Results) -> None:
 
 
 def _question(page: Any, table: Callable[[Mapping[str, Any]], pd.DataFrame],
-              figures: Callable[[Any], Mapping[str, tuple[str, str, Any]]], results: Results) -> None:
+              figures: Callable[[Any], Drawings], results: Results) -> None:
     """A question of the neighbouring literature: sentences, figures, a row per subject, how it is measured."""
     verdict = results.verdict
     st.title(str(verdict["question"]), anchor=False)
     st.markdown("\n".join(f"- {sentence}" for sentence in verdict["words"]))
-    rows = table(verdict)
-    for name, (title, what, drawn) in figures(verdict["rows"]).items():
-        own = drawn.layout.to_plotly_json()
-        drawn = styled(drawn, height=int(own["height"])).update_layout(width=None, legend=own["legend"],
-                                                                       margin=own["margin"])
-        show.figure(drawn, what, name=f"{results.study}-{name}", title=title, table=lambda: rows)
-    st.header("Every subject", anchor=False)
-    st.dataframe(rows, hide_index=True, width="stretch",
-                 column_config={"subject": st.column_config.TextColumn(pinned=True)})
+    _figures_and_rows(results, figures(verdict["rows"]), table(verdict))
     with st.expander("How it is measured", icon=":material/menu_book:"):
         st.markdown("\n\n".join(page.METHOD))
     st.caption("Limits. " + " ".join(page.LIMITS))
     _provenance(results)
+
+
+def _figures_and_rows(results: Results, drawn: Drawings, rows: pd.DataFrame) -> None:
+    """The figures of a study, as high and with the legends that they were made with, and its subjects."""
+    for name, (title, what, figure) in drawn.items():
+        own = figure.layout.to_plotly_json()
+        figure = styled(figure, height=int(own["height"])).update_layout(width=None, legend=own["legend"],
+                                                                         margin=own["margin"])
+        show.figure(figure, what, name=f"{results.study}-{name}", title=title, table=lambda: rows)
+    st.header("Every subject", anchor=False)
+    st.dataframe(rows, hide_index=True, width="stretch",
+                 column_config={"subject": st.column_config.TextColumn(pinned=True)})
 
 
 def _provenance(results: Results) -> None:

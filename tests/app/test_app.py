@@ -181,7 +181,7 @@ def test_the_verdict_shows_words_table_and_provenance(app: AppTest, folders: tup
     text = "\n".join(str(part.value) for part in (*app.title, *app.markdown))
     for words in (verdict["question"], verdict["answer"], *verdict["words"], *verdict["open"]):
         assert words in text
-    assert {"chart-matrices", "chart-stages", "chart-gains"} <= set(figures(app))
+    assert {f"chart-stage_test-{name}" for name in ("matrices", "stages", "gains")} <= set(figures(app))
     assert app.dataframe[0].value["subject"].tolist() == [row["subject"] for row in verdict["subjects"]]
     assert {button.key for button in app.get("download_button")} >= {"report", "json"}
 

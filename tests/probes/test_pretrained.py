@@ -7,67 +7,37 @@ them and runs these tests.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
 
 from hooks import LoopedModel, adopt, loopify
 from probes import attention_summary, cka_between_depths, dynamics, fixed_point, probe_latent, read_lens
-from studies.questions.stage_test.pretrained import pretrained_subjects
+from studies.questions.stage_test.pretrained import CHAINS, RESIDUE_LAYERS, Residues, antiberty, pretrained_subjects
 
 pytestmark = pytest.mark.pretrained
 SPECIMENS = Path(__file__).resolve().parents[2] / "runs" / "specimens"
 FILES = SPECIMENS / "antiberty" / "trained_models"
-CHAINS = (
-    "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYCAAPYCSSISCNDGFDI",
-    "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQSTHVPYTFGGGTKLEI")
 N_LOOPS = 2
-
-
-class Residues:
-    """The package's vocabulary: one token per residue."""
-
-    def __init__(self) -> None:
-        self.names = (FILES / "vocab.txt").read_text().split()
-        self.mask_token_id = self.names.index("[MASK]")
-
-    def encode(self, chain: str) -> list[int]:
-        return [self.names.index(name) for name in ("[CLS]", *chain, "[SEP]")]
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [self.names[i] for i in ids]
-
-
-@pytest.fixture(scope="module")
-def unlooped() -> BertForMaskedLM:
-    folder = FILES / "AntiBERTy_md_smooth"
-    known = set(BertConfig().to_dict())
-    settings = {key: value for key, value in json.loads((folder / "config.json").read_text()).items()
-                if key in known - {"architectures", "model_type", "transformers_version"}}
-    bert = BertForMaskedLM(BertConfig(**settings, attn_implementation="eager"))
-    state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    assert not bert.load_state_dict(state, strict=False).missing_keys
-    return bert.eval()
 
 
 @pytest.fixture(scope="module")
 def chains() -> tuple[torch.Tensor, torch.Tensor]:
     """(masked tokens, clean tokens), every seventh residue masked."""
     length = min(map(len, CHAINS))
-    clean = torch.tensor([Residues().encode(chain[:length]) for chain in CHAINS])
+    clean = torch.tensor([Residues(FILES).encode(chain[:length]) for chain in CHAINS])
     masked = clean.clone()
-    masked[:, 3:-1:7] = Residues().mask_token_id
+    masked[:, 3:-1:7] = Residues(FILES).mask_token_id
     return masked, clean
 
 
 @pytest.fixture(scope="module")
-def model(unlooped: BertForMaskedLM) -> LoopedModel:
-    loopify(unlooped, (3, 4), N_LOOPS)
-    return adopt(unlooped, tokenizer=Residues())
+def model() -> LoopedModel:
+    unlooped = antiberty(FILES)
+    loopify(unlooped, RESIDUE_LAYERS, N_LOOPS)
+    return adopt(unlooped, tokenizer=Residues(FILES))
 
 
 @torch.no_grad()
@@ -105,7 +75,7 @@ def test_the_other_probes(model, chains):
     np.testing.assert_allclose(np.diag(cka_between_depths(stream)), 1, atol=1e-6)
     assert fixed_point(model, masked, n_loops=4).sizes["layer"] == 2
     many = model.select(masked, torch.arange(2).repeat_interleave(8))
-    hydrophobic = torch.isin(clean, torch.tensor([Residues().names.index(r) for r in "AVILMFWY"])).long()
+    hydrophobic = torch.isin(clean, torch.tensor([Residues(FILES).names.index(r) for r in "AVILMFWY"])).long()
     labels = hydrophobic[torch.arange(2).repeat_interleave(8)]
     found = probe_latent(model, many, labels, 2, n_loops=N_LOOPS, groups=torch.zeros(labels.shape[1], dtype=torch.long))
     assert float(found.accuracy[-1, 0]) > float(found.majority[-1, 0])

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probes.intervals import Claims, Interval, Resampling, interval
+from probes.intervals import Claims, Interval
 from probes.thresholds import THRESHOLDS, Thresholds
+from studies.questions.subject_claims import SubjectClaims, as_numbers, estimate, in_words
 
 QUESTION = "Does a denoising step continue where the loops of the step before ended?"
 
@@ -42,71 +43,61 @@ def judge(found: Mapping[str, xr.Dataset], sizes: Mapping[str, Sequence[int]], *
           n_resamples: int = 20_000, seed: int = 0) -> dict[str, Any]:
     """Rows, one per subject, and sentences; all claims are corrected together (Holm)."""
     claims = Claims(thresholds.level)
-    cells = {name: _Cell(name, data, Resampling(sizes[name], n_resamples=n_resamples, seed=seed), claims, thresholds)
-             for name, data in found.items()}
+    cells = [_Cell(SubjectClaims(name, sizes[name], claims, n_resamples=n_resamples, seed=seed), data, thresholds)
+             for name, data in found.items()]
     claims.settle()
-    rows = [cell.row() for cell in cells.values()]
+    rows = [cell.row() for cell in cells]
     return {"question": QUESTION, "rows": rows, "words": _sentences(rows)}
 
 
 class _Cell:
-    """The claims of one subject."""
+    """What is claimed of one subject, and what follows."""
 
-    def __init__(self, name: str, data: xr.Dataset, draws: Resampling, claims: Claims, thresholds: Thresholds):
-        self.name, self.data, self.draws, self.claims = name, data, draws, claims
+    def __init__(self, claims: SubjectClaims, data: xr.Dataset, thresholds: Thresholds):
+        self.claims, self.data = claims, data
         self.delta = max(thresholds.effect, thresholds.relative_effect * float(
             data.nll.sel(way="afresh").isel(loop_written=0).mean()))
         limits = {"above": thresholds.same, "below": thresholds.different}
         both = {"above": self.delta, "below": self.delta}
         around = {"above": self.delta, "below": -self.delta, "within": self.delta}
-        work = self._mean(data.work.isel(content=0))
-        self.work = self._claim("work", work, both)
-        kl = self._mean(data.kl.sel(step="before").isel(content=0))                              # [draw, operation]
+        work = claims.mean(data.work.isel(content=0))
+        self.work = claims.claim("work", work, both)
+        kl = claims.mean(data.kl.sel(step="before").isel(content=0))                              # [draw, operation]
         tau = np.clip(1 - kl / np.maximum(work, np.finfo(float).tiny)[:, None], -thresholds.clip, thresholds.clip)
-        self.first = self._claim("first", tau[:, 0], limits)
-        self.later = self._claim("later", tau[:, 1:].mean(1), limits)
+        self.first = claims.claim("first", tau[:, 0], limits)
+        self.later = claims.claim("later", tau[:, 1:].mean(1), limits)
         self.restarts: list[tuple[int, Interval, Interval, Interval, dict[str, float]]] = []
-        nll = {way: self._mean(data.nll.sel(way=way)) for way in data.way.values}                 # [draw, loop]
+        nll = {way: claims.mean(data.nll.sel(way=way)) for way in data.way.values}                # [draw, loop]
         for k in data.loop_written.values:
-            gain = self._claim(f"gain {k}", nll["stay"][:, k] - nll["go on"][:, k], both)
-            change = nll["stay"][:, k] - nll["restart"][:, k]
-            restart = interval(float(change[0]), change[1:])
-            more = self._claim(f"more {k}", nll["go on"][:, k] - nll["restart"][:, k], around)
+            gain = claims.claim(f"gain {k}", nll["stay"][:, k] - nll["go on"][:, k], both)
+            more = claims.claim(f"more {k}", nll["go on"][:, k] - nll["restart"][:, k], around)
+            restart = estimate(nll["stay"][:, k] - nll["restart"][:, k])
             self.restarts.append((int(k), gain, restart, more, {way: float(nll[way][0, k]) for way in nll}))
 
-    def _mean(self, values: xr.DataArray) -> np.ndarray:
-        """Mean over examples, as they are and under every draw: [draw, …]."""
-        by_example = values.transpose("example", ...).values
-        return np.concatenate([np.nanmean(by_example, 0)[None], self.draws.mean(by_example)])
-
-    def _claim(self, name: str, values: np.ndarray, sides: Mapping[str, float]) -> Interval:
-        self.claims.add((self.name, name), values[1:], **sides)
-        return interval(float(values[0]), values[1:])
-
-    def _side(self, name: str) -> str:
-        return self.claims.side((self.name, name))
-
     def answer(self) -> str:
-        if self._side("work") == "below":
+        if self.claims.side("work") == "below":
             return "nothing"
+        sides = self.claims.side("first"), self.claims.side("later")
         return {("above", "below"): "starts anew", ("below", "above"): "continues",
-                ("above", "above"): "cannot be told"}.get((self._side("first"), self._side("later")), "undecided")
+                ("above", "above"): "cannot be told"}.get(sides, "undecided")
 
     def restart(self, k: int) -> str:
-        decision = {"within": "as good", "above": "better", "below": "worse", "": "undecided"}[self._side(f"more {k}")]
-        if decision == "as good" and self._side(f"gain {k}") == "below":
+        more = self.claims.side(f"more {k}")
+        decision = {"within": "as good", "above": "better", "below": "worse", "": "undecided"}[more]
+        if decision == "as good" and self.claims.side(f"gain {k}") == "below":
             return "nothing to gain"
         return decision
 
     def row(self) -> dict[str, Any]:
-        restarts = [{"loop": k, "loop_gain": _numbers(gain), "restart_gain": _numbers(restart),
-                     "difference": _numbers(more), "nll": nll, "decision": self.restart(k)}
+        restarts = [{"loop": k, "loop_gain": as_numbers(gain), "restart_gain": as_numbers(restart),
+                     "difference": as_numbers(more), "nll": nll, "decision": self.restart(k)}
                     for k, gain, restart, more, nll in self.restarts]
         distance = self.data.distance.mean("example")
         nearest = distance.argmin("loop_before").values
-        return {"subject": self.name, "delta": self.delta, "work": _numbers(self.work), "answer": self.answer(),
-                "first": _numbers(self.first), "later": _numbers(self.later), "restarts": restarts,
-                "nearest": [int(j) for j in nearest], "n_examples": int(self.data.sizes["example"])}
+        return {"subject": self.claims.name, "delta": self.delta, "work": as_numbers(self.work),
+                "answer": self.answer(), "first": as_numbers(self.first), "later": as_numbers(self.later),
+                "restarts": restarts, "nearest": [int(j) for j in nearest],
+                "n_examples": int(self.data.sizes["example"])}
 
 
 def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -117,7 +108,8 @@ def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             told.append(f"{', '.join(str(row['subject']) for row in of)}: {answer} ({what}).")
     for decision, what in RESTARTS.items():
         if of := [row for row in rows if row["restarts"][0]["decision"] == decision]:
-            named = "; ".join(f"{row['subject']} {_signed(row['restarts'][0]['difference'])} nat" for row in of)
+            named = "; ".join(f"{row['subject']} {in_words(row['restarts'][0]['difference'], '+.3f')} nat"
+                              for row in of)
             told.append(f"After the first loop, {what}: {named}.")
     every = Counter(one["decision"] for row in rows for one in row["restarts"])
     told.append("Over all loops and subjects, restarts are "
@@ -128,11 +120,3 @@ def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     told.append("With the tokens of another example written the NLL is higher than with the model's own in "
                 f"{len(worse)} of {len(rows)} subjects.")
     return told
-
-
-def _signed(numbers: Mapping[str, float]) -> str:
-    return f"{numbers['value']:+.3f} [{numbers['low']:+.3f}, {numbers['high']:+.3f}]"
-
-
-def _numbers(found: Interval) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}

@@ -20,12 +20,12 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from hooks import LoopedModel
+from probes.causal import nll_of
 from probes.cycles import own_loops
 from probes.exchange import Clocks, Trajectory, exchange
-from probes.measurement import measurement
+from probes.measurement import mean_over_positions, measurement
 from studies.questions.stage_test.subjects import Examples
 
 STEPS = ("same", "before")
@@ -109,13 +109,11 @@ def surest(answer: Float[Tensor, "example pos vocab"], scored: Bool[Tensor, "exa
 
 def _distance(first: Trajectory, second: Trajectory, masked: Bool[Tensor, "example pos"]) -> xr.DataArray:
     """How far states of the later step lie from those of the earlier one, relative to those of another example."""
-    def mean(values: Tensor) -> Tensor:
-        number = masked.sum(1)
-        return torch.where(number > 0, (values * masked).sum(1) / number.clamp_min(1), torch.nan)
+    def apart(late: Tensor, early: Tensor) -> Tensor:
+        return mean_over_positions((late - early).norm(dim=-1), masked)
 
-    values = torch.stack([torch.stack([
-        mean((late - early).norm(dim=-1)) / mean((late - early.roll(1, 0)).norm(dim=-1)).clamp_min(1e-12)
-        for early in first.states]) for late in second.states])
+    values = torch.stack([torch.stack([apart(late, early) / apart(late, early.roll(1, 0)).clamp_min(1e-12)
+                                       for early in first.states]) for late in second.states])
     loops = range(len(first.states))
     return measurement(values, ("loop", "loop_before", "example"), units="1", source=SOURCE,
                        coords={"loop": loops, "loop_before": loops},
@@ -135,16 +133,10 @@ def _restarted(model: LoopedModel, drawn: Examples, n_loops: int) -> xr.Dataset:
                   "other tokens": drawn.targets.roll(1, 0)}
         read = {"stay": answers[k], "go on": answers[k + 1], "afresh": answers[0]} | {
             way: model(torch.where(written, new, drawn.inputs), 1, t=levels) for way, new in tokens.items()}
-        values.append(torch.stack([_nll(read[way], drawn.targets, left) for way in WAYS]))
-    nll = measurement(torch.stack(values, 1), ("way", "loop_written", "example"), units="nat", source=SOURCE,
+        nll = nll_of(drawn.targets, left)
+        values.append(torch.stack([nll(read[way], torch.arange(len(left))) for way in WAYS]))
+    read_out = measurement(torch.stack(values, 1), ("way", "loop_written", "example"), units="nat", source=SOURCE,
                       coords={"way": list(WAYS), "loop_written": range(n_loops - 1)},
                       long_name="NLL at the positions that are masked still",
                       definition="; ".join(f"{way}: {what}" for way, what in WAYS.items()))
-    return xr.Dataset({"nll": nll})
-
-
-def _nll(answer: Float[Tensor, "example pos vocab"], targets: Int[Tensor, "example pos"],
-         where: Bool[Tensor, "example pos"]) -> Float[Tensor, "example"]:
-    nll = F.cross_entropy(answer.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    number = where.sum(1)
-    return torch.where(number > 0, torch.where(where, nll, 0.0).sum(1) / number.clamp_min(1), torch.nan)
+    return xr.Dataset({"nll": read_out})

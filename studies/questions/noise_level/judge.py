@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probes.intervals import Claims, Interval, Resampling, interval
+from probes.intervals import Claims
 from probes.thresholds import THRESHOLDS, Thresholds
+from studies.questions.subject_claims import SubjectClaims, as_numbers, estimate, in_words
 
 QUESTION = "Is the noise level decodable where the model is not told it, and does moving along it change the work?"
 READABLE = 0.5
@@ -34,10 +35,10 @@ def judge(found: Mapping[str, tuple[xr.Dataset, xr.Dataset]], sizes: Mapping[str
           seed: int = 0) -> dict[str, Any]:
     """Rows, one per subject, and sentences; all claims are corrected together (Holm)."""
     claims = Claims(thresholds.level)
-    cells = {name: _Cell(name, *data, Resampling(sizes[name], n_resamples=n_resamples, seed=seed), claims, thresholds)
-             for name, data in found.items()}
+    cells = [_Cell(SubjectClaims(name, sizes[name], claims, n_resamples=n_resamples, seed=seed), *data, thresholds)
+             for name, data in found.items()]
     claims.settle()
-    rows = [cell.row(untrained.get(name)) for name, cell in cells.items()]
+    rows = [cell.row(untrained.get(cell.claims.name)) for cell in cells]
     return {"question": QUESTION, "rows": rows, "words": _sentences(rows)}
 
 
@@ -48,56 +49,40 @@ def r_squared(error: xr.DataArray, reader: str = "state", base: str = "mean") ->
 
 
 class _Cell:
-    """The claims of one subject."""
+    """What is claimed of one subject, and what follows."""
 
-    def __init__(self, name: str, read: xr.Dataset, moved: xr.Dataset, draws: Resampling, claims: Claims,
-                 thresholds: Thresholds):
-        self.name, self.read, self.claims, self.draws = name, read, claims, draws
-        error = {reader: self._mean(read.error.sel(reader=reader)) for reader in read.reader.values}   # [draw, loop]
+    def __init__(self, claims: SubjectClaims, read: xr.Dataset, moved: xr.Dataset, thresholds: Thresholds):
+        self.claims, self.read = claims, read
+        error = {reader: claims.mean(read.error.sel(reader=reader)) for reader in read.reader.values}  # [draw, loop]
         last = read.sizes["loop"] - 1
         both = {"above": READABLE, "below": READABLE}
-        self.first = self._claim("read 0", 1 - error["state"][:, 0] / error["mean"][:, 0], both)
-        self.last = self._claim("read", 1 - error["state"][:, last] / error["mean"][:, last], both)
-        self.beyond = self._claim("beyond", 1 - error["both"][:, last] / error["confidence"][:, last],
-                                  {"above": BEYOND, "below": BEYOND})
+        self.first = claims.claim("read 0", 1 - error["state"][:, 0] / error["mean"][:, 0], both)
+        self.last = claims.claim("read", 1 - error["state"][:, last] / error["mean"][:, last], both)
+        self.beyond = claims.claim("beyond", 1 - error["both"][:, last] / error["confidence"][:, last],
+                                   {"above": BEYOND, "below": BEYOND})
         self.shuffled = float(1 - error["shuffled"][0, last] / error["mean"][0, last])
         nll = float(moved.nll.sel(push="along", sign=0).mean())
         self.delta = max(thresholds.effect, thresholds.relative_effect * nll)
-        self.changes = {name: self._response(moved[name]) for name in ("entropy", "nll", "work")}
+        responses = {name: moved[name].sel(sign=1) - moved[name].sel(sign=-1) for name in ("entropy", "nll", "work")}
+        self.changes = {name: estimate(claims.mean(response.sel(push="along"))) for name, response in responses.items()}
+        odd = abs(responses["work"])
         random = [push for push in moved.push.values if push != "along"]
-        odd = np.abs(moved.work.sel(sign=1) - moved.work.sel(sign=-1))
         extra = odd.sel(push="along") - odd.sel(push=random).mean("push")
-        self.extra = self._claim("extra", self._mean(extra), {"above": self.delta, "within": self.delta,
-                                                               "below": -self.delta})
-
-    def _mean(self, values: xr.DataArray) -> np.ndarray:
-        by_example = values.transpose("example", ...).values
-        return np.concatenate([np.nanmean(by_example, 0)[None], self.draws.mean(by_example)])
-
-    def _response(self, values: xr.DataArray) -> Interval:
-        """What moving up changes, less what moving down does."""
-        change = self._mean(values.sel(push="along", sign=1) - values.sel(push="along", sign=-1))
-        return interval(float(change[0]), change[1:])
-
-    def _claim(self, name: str, values: np.ndarray, sides: Mapping[str, float]) -> Interval:
-        self.claims.add((self.name, name), values[1:], **sides)
-        return interval(float(values[0]), values[1:])
-
-    def _side(self, name: str) -> str:
-        return self.claims.side((self.name, name))
+        self.extra = claims.claim("extra", claims.mean(extra), {"above": self.delta, "within": self.delta,
+                                                                 "below": -self.delta})
 
     def row(self, untrained: xr.Dataset | None) -> dict[str, Any]:
         readable = {"above": "decodable", "below": "not decodable", "": "undecided"}
-        return {"subject": self.name, "read": readable[self._side("read")],
-                "read_first": readable[self._side("read 0")],
-                "beyond_confidence": {"above": "yes", "below": "no", "": "undecided"}[self._side("beyond")],
+        return {"subject": self.claims.name, "read": readable[self.claims.side("read")],
+                "read_first": readable[self.claims.side("read 0")],
+                "beyond_confidence": {"above": "yes", "below": "no", "": "undecided"}[self.claims.side("beyond")],
                 "moved": {"above": "changes the work", "within": "no more than a random push",
-                          "below": "no more than a random push", "": "undecided"}[self._side("extra")],
-                "r2": r_squared(self.read.error).tolist(), "r2_first": _numbers(self.first),
-                "r2_last": _numbers(self.last),
+                          "below": "no more than a random push", "": "undecided"}[self.claims.side("extra")],
+                "r2": r_squared(self.read.error).tolist(), "r2_first": as_numbers(self.first),
+                "r2_last": as_numbers(self.last),
                 "r2_untrained": None if untrained is None else r_squared(untrained.error).tolist(),
-                "r2_shuffled": self.shuffled, "partial": _numbers(self.beyond), "extra_work": _numbers(self.extra),
-                "delta": self.delta, **{f"change_of_{name}": _numbers(value) for name, value in self.changes.items()},
+                "r2_shuffled": self.shuffled, "partial": as_numbers(self.beyond), "extra_work": as_numbers(self.extra),
+                "delta": self.delta, **{f"change_of_{name}": as_numbers(value) for name, value in self.changes.items()},
                 "n_examples": int(self.read.sizes["example"])}
 
 
@@ -107,7 +92,7 @@ def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for word in ("decodable", "not decodable", "undecided"):
         if of := [row for row in rows if row["read"] == word]:
             told.append(f"After the last loop the noise level is {word} from a masked position's state: "
-                        + "; ".join(f"{row['subject']} R² {_told(row['r2_last'])}" for row in of) + ".")
+                        + "; ".join(f"{row['subject']} R² {in_words(row['r2_last'], '.2f')}" for row in of) + ".")
     if both := [row for row in rows if row["r2_untrained"] is not None]:
         better = [row for row in both if row["r2_untrained"][-1] >= row["r2_last"]["value"]]
         told.append(f"In {len(better)} of {len(both)} tasks an untrained model of the same shape is read at least as "
@@ -119,13 +104,6 @@ def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for word, what in MOVED.items():
         if of := [row for row in rows if row["moved"] == word]:
             told.append(f"{what[0].upper()}{what[1:]}: "
-                        + "; ".join(f"{row['subject']} {_told(row['extra_work'], '.3f')} nat more" for row in of) + ".")
+                        + "; ".join(f"{row['subject']} {in_words(row['extra_work'], '.3f')} nat more" for row in of)
+                        + ".")
     return told
-
-
-def _told(numbers: Mapping[str, float], form: str = ".2f") -> str:
-    return f"{numbers['value']:{form}} [{numbers['low']:{form}}, {numbers['high']:{form}}]"
-
-
-def _numbers(found: Interval) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}

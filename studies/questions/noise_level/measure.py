@@ -28,7 +28,7 @@ from torch import Tensor
 from hooks import LoopedModel
 from probes.cycles import own_loops
 from probes.exchange import Clocks, Trajectory
-from probes.measurement import measurement
+from probes.measurement import mean_over_positions, measurement
 from studies.questions.stage_test.subjects import Examples
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -146,10 +146,8 @@ def _moved(run: Trajectory, drawn: Examples, share: Tensor, fit: Tensor, example
             by_measure = (-(p * answer).nan_to_num(0.0).sum(-1),
                           -answer.gather(-1, drawn.targets[judges][..., None])[..., 0],
                           (p * (answer - without)).nan_to_num(0.0).sum(-1))
-            number = where.sum(1)
             for m, value in enumerate(by_measure):
-                values[m, i, s] = torch.where(number > 0, torch.where(where, value, 0.0).sum(1) / number.clamp_min(1),
-                                              torch.nan)
+                values[m, i, s] = mean_over_positions(value, where)
     coords: dict[Hashable, Any] = {"push": list(pushes), "sign": [-1, 0, 1]}
     return xr.Dataset({name: measurement(value, ("push", "sign", "example"), coords=coords, units="nat", source=SOURCE,
                                          long_name=MEASURES[name],

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from studies.questions.noise_level.judge import BEYOND, MOVED, READABLE
 from studies.questions.noise_level.measure import RANDOM, READERS, STEP
+from studies.questions.question_page import Drawings, question_page
+from studies.questions.subject_claims import in_words
 
 METHOD = (
     "**Read.** Ridge regressions tell the share of the sequence that is masked; half of the examples fit, half judge. "
@@ -36,28 +36,18 @@ LIMITS = (
 def noise_table(verdict: Mapping[str, Any]) -> pd.DataFrame:
     """A row per subject."""
     return pd.DataFrame([{
-        "subject": row["subject"], "before the loops, R²": _told(row["r2_first"], ".2f"),
-        "after the last loop, R²": _told(row["r2_last"], ".2f"), "so it is": row["read"],
+        "subject": row["subject"], "before the loops, R²": in_words(row["r2_first"], ".2f"),
+        "after the last loop, R²": in_words(row["r2_last"], ".2f"), "so it is": row["read"],
         "untrained": "–" if row["r2_untrained"] is None else f"{row['r2_untrained'][-1]:.2f}",
-        "shuffled": f"{row['r2_shuffled']:.2f}", "beyond confidence": _told(row["partial"], ".2f"),
+        "shuffled": f"{row['r2_shuffled']:.2f}", "beyond confidence": in_words(row["partial"], ".2f"),
         "more than confidence": row["beyond_confidence"],
-        "moving up changes the work by": _told(row["change_of_work"], ".3f"),
-        "the entropy by": _told(row["change_of_entropy"], ".3f"), "the NLL by": _told(row["change_of_nll"], ".3f"),
-        "beyond random pushes": _told(row["extra_work"], ".3f"), "moving along it": row["moved"]}
+        "moving up changes the work by": in_words(row["change_of_work"], ".3f"),
+        "the entropy by": in_words(row["change_of_entropy"], ".3f"),
+        "the NLL by": in_words(row["change_of_nll"], ".3f"),
+        "beyond random pushes": in_words(row["extra_work"], ".3f"), "moving along it": row["moved"]}
         for row in verdict["rows"]])
 
 
-def _told(numbers: Mapping[str, float], form: str) -> str:
-    return f"{numbers['value']:{form}} [{numbers['low']:{form}}, {numbers['high']:{form}}]"
-
-
-def page(verdict: Mapping[str, Any], drawn: Mapping[str, tuple[str, str, go.Figure]]) -> str:
-    """HTML of the study; plotly's script comes from the network, the SVG files need none."""
-    words = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdict["words"])
-    shown = "".join(f"<h2>{html.escape(title)}</h2>{figure.to_html(full_html=False, include_plotlyjs='cdn')}"
-                    f"<p>{html.escape(what)}</p>" for title, what, figure in drawn.values())
-    method = "".join(f"<p>{html.escape(text.replace('*', ''))}</p>" for text in (*METHOD, *LIMITS))
-    return (f"<!doctype html><meta charset='utf-8'><title>LoopScope: {html.escape(verdict['question'])}</title>"
-            "<body style='font-family:sans-serif;max-width:960px;margin:2em auto'>"
-            f"<h1>{html.escape(verdict['question'])}</h1><ul>{words}</ul>{shown}"
-            f"{noise_table(verdict).to_html(index=False, border=0)}<h2>How it is measured</h2>{method}</body>")
+def page(verdict: Mapping[str, Any], drawn: Drawings) -> str:
+    """HTML of the study."""
+    return question_page(verdict, drawn, table=noise_table(verdict), method=METHOD, limits=LIMITS)

