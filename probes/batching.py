@@ -1,4 +1,4 @@
-"""Inputs of any model a few examples at a time, each with its own noise levels.
+"""Examples: a few at a time, each with its own noise level, and in another order.
 
     for some, some_t, rows in in_chunks(model, noised, t, size=64):
         logits = model(some, n_loops, t=some_t)               # rows: the indices of these examples
@@ -30,3 +30,11 @@ def in_chunks(model: LoopedModel, inputs: Inputs, t: Levels, *,
     """(inputs, noise levels, indices) of ``size`` examples after ``size`` examples, the last part maybe fewer."""
     for rows in torch.arange(model.batch_size(inputs)).split(size):
         yield *select_examples(model, inputs, t, rows), rows
+
+
+def derangement(n: int, seed: int) -> Int[Tensor, "example"]:
+    """A random order in which no example stands in its own place: a cycle through all of them."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    moved = torch.empty_like(order)
+    moved[order] = order.roll(1)
+    return moved

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hooks.contract import Context, Inputs, Levels, LoopedModel
 from hooks.topology import Topology
-from probes.exchange import derangement
+from probes.batching import derangement
 from probes.gains import check_targets
 from probes.measurement import check_finite, depth_coords, mean_over_positions, measurement
 

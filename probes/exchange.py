@@ -37,9 +37,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.contract import Context, Inputs, Levels, LoopedModel
+from probes.batching import derangement
 from probes.calibration import calibrated
 from probes.cycles import Cycle, Maps
-from probes.measurement import check_finite, measurement
+from probes.measurement import check_finite, mean_by_example, measurement
 
 ClockKind = Literal["role", "position"]
 """Positions of one role share a clock, or each position of each role has its own."""
@@ -314,28 +315,13 @@ def _judge(run: Trajectory, k: int, versions: Sequence[Float[Tensor, "example po
         divergence = calibrated(other, wanted, half) - entropy - same_as_it_is
         differs = (other.argmax(-1) != clean.argmax(-1)).float()
         for m, value in enumerate((divergence, differs)):
-            found[m, v] = _by_example(value.cpu(), example, n)
+            found[m, v] = mean_by_example(value.cpu(), example, n)
     return found
-
-
-def _by_example(value: Float[Tensor, "point"], example: Int[Tensor, "point"], n: int) -> Float[np.ndarray, "example"]:
-    """Means over the points of each example; NaN for an example without any."""
-    number = torch.zeros(n).index_add_(0, example, torch.ones_like(value))
-    total = torch.zeros(n).index_add_(0, example, value)
-    return torch.where(number > 0, total / number.clamp_min(1), torch.nan).numpy()
 
 
 def _groups(items: Sequence[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(items), size):
         yield list(items[start:start + size])
-
-
-def derangement(n: int, seed: int) -> Int[Tensor, "example"]:
-    """A random order in which no example stands in its own place: a cycle through all of them."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    moved = torch.empty_like(order)
-    moved[order] = order.roll(1)
-    return moved
 
 
 def _dataset(kl: np.ndarray, work: np.ndarray, changed: np.ndarray, changed_by_skip: np.ndarray, cycle: Cycle,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks import Topology
@@ -48,6 +48,14 @@ def mean_over_positions(values: Float[Tensor, "row pos"], where: Bool[Tensor, "r
     """Mean over the positions that are chosen in each row; NaN where there are none."""
     number = where.sum(1)
     return torch.where(number > 0, torch.where(where, values, 0.0).sum(1) / number.clamp_min(1), torch.nan)
+
+
+def mean_by_example(value: Float[Tensor, "point"], example: Int[Tensor, "point"],
+                    n: int) -> Float[np.ndarray, "example"]:
+    """Means over the points of each example; NaN for an example without any."""
+    number = value.new_zeros(n).index_add_(0, example, torch.ones_like(value))
+    total = value.new_zeros(n).index_add_(0, example, value)
+    return torch.where(number > 0, total / number.clamp_min(1), torch.nan).numpy()
 
 
 def depth_coords(topology: Topology) -> dict[Hashable, Any]:

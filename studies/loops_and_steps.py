@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,9 @@ def main(args: LoopsAndSteps) -> int:
     began = time.monotonic()
     try:
         writable(args.results)
-        todo = [*trained_subjects(args.zoo, args.groups), *untrained_subjects(args.zoo, n=1, groups=("automaton",))]
+        untrained = untrained_subjects(args.zoo, n=1, groups=("automaton",))
+        todo = [*trained_subjects(args.zoo, args.groups),
+                *(replace(subject, name="automaton, untrained") for subject in untrained)]
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,21 @@ def provenance(args: Any, entries: Iterable[Entry], *, seconds: float) -> dict[s
                 for key, value in asdict(args).items() if key not in ("zoo", "results")}
     models = {entry.name: {"sha256": file_hash(entry.path / "model.safetensors"), "command": entry.card["command"]}
               for entry in entries}
-    return {"program": "python " + " ".join([f"studies/{Path(sys.argv[0]).name}", *sys.argv[1:]]), "settings": settings,
+    return {"program": "python " + " ".join([f"studies/{Path(sys.argv[0]).name}", *_anywhere(sys.argv[1:])]),
+            "settings": settings,
             "models": models, "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "xarray": xr.__version__}}
+
+
+def _anywhere(arguments: Sequence[str]) -> list[str]:
+    """A command line as anyone would give it: without the folders of models and results."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in ("--zoo", "--results"):
+            next(rest, None)
+        elif not argument.startswith(("--zoo=", "--results=")):
+            kept.append(argument)
+    return kept
 
 
 def _within_the_project(path: Path) -> str:

@@ -115,6 +115,9 @@ def test_between_steps_only_the_clock_of_the_operation_is_the_earlier_one() -> N
     first, second = Trajectory.of(model, tokens, cycle), Trajectory.of(model, later, cycle)
     mine = Clocks.of(second, left.long())
     before = EarlierClocks(mine, Clocks.of(first, drawn.scored.long()))
+    with_earlier = exchange(model, later, cycle, trajectory=second, frame=before, scored=left)
+    np.testing.assert_allclose(found.kl.sel(step="before"), with_earlier.kl, atol=1e-5)
+    assert float(abs(found.kl.sel(step="before") - found.kl.sel(step="same")).max()) > 1e-3
     every = torch.arange(12)
     content = second.states[0]
     for role in (0, 1):

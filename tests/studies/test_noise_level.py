@@ -16,10 +16,11 @@ from hooks import adopt
 from studies.noise_level import NoiseLevel, main
 from studies.questions.noise_level.figures import figures
 from studies.questions.noise_level.judge import judge, r_squared
-from studies.questions.noise_level.measure import RANDOM, READERS, measure, slope_of
+from studies.questions.noise_level.measure import POSITIONS, RANDOM, READERS, STEP, measure, slope_of
 from studies.questions.noise_level.page import noise_table, page
 from studies.questions.stage_test.subjects import Examples
 from studies.results import read_results
+from tests.small import MASK, small_model, small_tokens
 from tests.small_zoo import make_zoo
 
 N, LENGTH, WIDTH = 120, 12, 8
@@ -108,6 +109,33 @@ def test_the_share_is_moved_by_the_step_and_no_random_push_is_longer() -> None:
     for name in ("entropy", "nll", "work"):
         np.testing.assert_allclose(still[name] - still[name].sel(push="along"), 0, atol=1e-6)
     assert (moved.nll.sel(push="along", sign=-1) > moved.nll.sel(push="along", sign=1)).all()
+
+
+@torch.no_grad()
+def test_pushes_equal_runs_by_hand() -> None:
+    """Slope of the fitting half, added ± .2 at the masked positions of the state that enters loop 1; random pushes are
+    as long as it is."""
+    model, tokens = small_model(seed=3), small_tokens(16)
+    truth = torch.randint(0, 6, tokens.shape, generator=torch.Generator().manual_seed(1))
+    scored = tokens == MASK
+    _, moved = measure(model, Examples(tokens, truth, scored, None), n_loops=3, seed=0)
+    fit = torch.randperm(16, generator=torch.Generator().manual_seed(0)) < 8
+    rank = torch.rand(scored.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~scored, 2.0)
+    states, _, context = model.run(tokens, 3)
+    depth = context.topology.loop_depths()[1][0]
+    points = [(e, p) for e in range(16) for p in rank[e].argsort()[:POSITIONS].tolist() if scored[e, p]]
+    x = torch.stack([states[depth][e, p] for e, p in points if fit[e]]).double().numpy()
+    share = np.array([scored[e].double().mean() for e, _ in points if fit[e]])
+    slope = torch.tensor(np.polyfit(share, x, 1)[0], dtype=torch.float32)
+    random = torch.randn(RANDOM, len(slope), generator=torch.Generator().manual_seed(2))
+    for name, direction in (("along", slope), ("random 3", random[3] * slope.norm() / random[3].norm())):
+        for sign in (-1, 0, 1):
+            pushed = states[depth] + sign * STEP * direction * scored[..., None]
+            log_p = model.resume(depth, pushed, context).log_softmax(-1)
+            nll = -log_p.gather(-1, truth[..., None])[..., 0]
+            mine = torch.stack([nll[e][scored[e]].mean() for e in range(16) if not fit[e]])
+            np.testing.assert_allclose(moved.nll.sel(push=name, sign=sign), mine, atol=1e-4, err_msg=f"{name} {sign}")
+    assert abs(moved.nll.sel(push="along", sign=1) - moved.nll.sel(push="along", sign=-1)).max() > 1e-3
 
 
 def test_those_who_fit_do_not_judge() -> None:

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from studies.palette import BLUE, FAINT, GREEN, NEUTRAL, ORANGE, RULE, VERMILLION, laid_out
+from studies.questions.loops_and_steps.measure import WAYS
 
 LINES = {"stay": (FAINT, "dot"), "go on": (BLUE, "solid"), "restart": (VERMILLION, "solid"),
          "true tokens": (GREEN, "dash"), "afresh": (NEUTRAL, "dot")}
@@ -27,8 +28,9 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, go.F
                          "its later loops (orange), with 95% intervals. Dotted: .25 and .5, the thresholds.",
                          exchange_figure(rows)),
             "restart": ("Writing answers and starting anew, or looping on?",
-                        "NLL at the positions that are masked still, against the loop after which half of the answers "
-                        "was written. Where red meets blue, a restart is as good as one more loop.",
+                        "NLL at the positions that are masked still, against the loop k after which half of the "
+                        "answers was written. " + "; ".join(f"“{way}”: {WAYS[way]}" for way in LINES)
+                        + ". Where red meets blue, a restart is as good as one more loop.",
                         restart_figure(rows))}
 
 
@@ -61,6 +63,6 @@ def restart_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     drawn.update_yaxes(rangemode="tozero")
     for column in range(1, min(COLUMNS, len(rows)) + 1):
         last = n_rows if (n_rows - 1) * COLUMNS + column <= len(rows) else n_rows - 1
-        drawn.update_xaxes(title_text="loop k written", row=last, col=column)
+        drawn.update_xaxes(title_text="answers written after loop k", row=last, col=column)
     drawn.update_yaxes(title_text="NLL [nat]", col=1)
     return drawn.update_layout(legend={"y": 1 + 0.28 / n_rows}, margin={"t": 110})

@@ -28,7 +28,7 @@ from torch import Tensor
 from hooks import LoopedModel
 from probes.cycles import own_loops
 from probes.exchange import Clocks, Trajectory
-from probes.measurement import mean_over_positions, measurement
+from probes.measurement import mean_by_example, mean_over_positions, measurement
 from studies.questions.stage_test.subjects import Examples
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -102,7 +102,8 @@ def _read(run: Trajectory, drawn: Examples, share: Tensor, fit: Tensor, example:
                 predicted = np.full(len(wanted), wanted[fits].mean())
             else:
                 predicted = _regressed(*told[reader], fits)
-            errors[r, k] = _by_example((predicted - wanted) ** 2, example, judges)
+            squared = torch.from_numpy((predicted - wanted) ** 2)
+            errors[r, k] = mean_by_example(squared, example, run.n_examples)[judges]
     return xr.Dataset({"error": measurement(
         errors, ("reader", "loop", "example"), coords={"reader": list(READERS), "loop": range(len(run.states))},
         units="1", long_name="squared error of the share that is masked", source=SOURCE,
@@ -115,14 +116,6 @@ def _regressed(features: Float[np.ndarray, "point feature"], wanted: Float[np.nd
     centre, spread = features[fits].mean(0), features[fits].std(0)
     scaled = (features - centre) / np.where(spread > 1e-9, spread, np.inf)
     return RidgeCV(ALPHAS).fit(scaled[fits], wanted[fits]).predict(scaled)
-
-
-def _by_example(values: np.ndarray, example: Tensor, judges: Tensor) -> np.ndarray:
-    of = example.numpy()
-    total = np.bincount(of, values, minlength=int(judges.max()) + 1)
-    number = np.bincount(of, minlength=int(judges.max()) + 1)
-    with np.errstate(invalid="ignore"):
-        return (total / np.where(number > 0, number, np.nan))[judges.numpy()]
 
 
 def _moved(run: Trajectory, drawn: Examples, share: Tensor, fit: Tensor, example: Tensor, pos: Tensor, loop: int,

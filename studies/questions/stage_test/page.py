@@ -9,6 +9,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from probes.stage_rule import IDLE, UNKNOWN
 from studies.questions.stage_test.figures import Drawn
 from studies.questions.stage_test.judge import cell_text
 
@@ -17,6 +18,8 @@ METHOD = (
     "scale of the states that enter j), apply loop j, put the outcome on the clock of what follows k, and go on. "
     "τ(k, j) = 1 − KL(that answer) ÷ KL(the answer with loop k's work left out). 100% means that loop j does all of "
     "loop k's work, 0% that it is as good as leaving it out.",
+    "Letters name what the loops do, loop by loop from loop 0: loops that can do each other's work have the same "
+    f"letter. “{IDLE}” is a loop without work, “{UNKNOWN}” one whose letter is not decided.",
     "A fitted basis (one linear map per place, fitted on other examples) is tried where τ as it stands does not say "
     "“the same”. The rule that turns τ, work and gain into a regime, its thresholds and its controls are in "
     "docs/stage_test.md; results/calibration/page.md says how often it is right.")
