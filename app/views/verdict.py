@@ -182,7 +182,7 @@ def _provenance(results: Results) -> None:
                            key="json")
     if made:
         seconds = float(made.get("seconds", 0))
-        st.markdown(f"`{made.get('program', '')}` in {seconds:.0f} s on {made.get('threads', '?')} threads. "
+        st.markdown(f"`{made.get('program', '')}` in {seconds:.0f} s on CPU threads: {made.get('threads', '?')}. "
                     + ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items()))
         st.dataframe(pd.DataFrame([{"model": name, "sha256 of weights": model["sha256"], "made by": model["command"]}
                                    for name, model in made.get("models", {}).items()]), hide_index=True,

@@ -223,6 +223,9 @@ def test_sentences_say_what_the_rows_say() -> None:
     html = page(verdict, drawn)
     assert all(name in html for name in found)
     assert list(steps_table(verdict)["a step"]) == ["starts anew", "continues", "starts anew"]
+    idle = judge({"idle": numbers(0.9, 0.0, work=0.0)}, {"idle": (N,)})["rows"]
+    assert steps_table({"rows": idle})["first loop by the first before"][0] == "–"
+    assert not figures(idle)["exchange"][2].data[0].y, "without work there is no share of it"
     blue = drawn["exchange"][2].data[0]
     np.testing.assert_allclose(blue.y, [row["first"]["value"] for row in verdict["rows"]])
 
@@ -236,9 +239,9 @@ def test_the_study_runs_on_a_zoo_and_finds_nothing_in_random_models(tmp_path: Pa
     assert main(args) == 0
     results = read_results(tmp_path / "results" / "loops_and_steps")
     assert results.study == "loops_and_steps"
-    assert [row["subject"] for row in results.verdict["rows"]] == ["automaton", "automaton, initialisation 0"]
+    assert [row["subject"] for row in results.verdict["rows"]] == ["automaton", "automaton, untrained"]
     assert results.verdict["rows"][1]["answer"] in ("nothing", "undecided")
-    assert set(results.datasets) == {"automaton", "automaton-initialisation-0"}
+    assert set(results.datasets) == {"automaton", "automaton-untrained"}
     json.dumps(results.verdict, allow_nan=False)
 
 

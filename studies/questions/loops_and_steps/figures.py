@@ -25,7 +25,8 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, go.F
     """By name: title, what it shows, and the figure."""
     return {"exchange": ("Who could do the first loop of the later step?",
                          "τ of the later step's first loop, done by the first loop of the step before (blue) and by "
-                         "its later loops (orange), with 95% intervals. Dotted: .25 and .5, the thresholds.",
+                         "its later loops (orange), with 95% intervals. Dotted: .25 and .5, the thresholds. Where the first loop "
+                         "does no work there is nothing to exchange, and no point.",
                          exchange_figure(rows)),
             "restart": ("Writing answers and starting anew, or looping on?",
                         "NLL at the positions that are masked still, against the loop k after which half of the "
@@ -36,6 +37,7 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, go.F
 
 def exchange_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     drawn = go.Figure()
+    rows = [row for row in rows if row["answer"] != "nothing"]
     for key, name, colour in (("first", "first loop", BLUE), ("later", "later loops", ORANGE)):
         values = [row[key] for row in rows]
         drawn.add_scatter(x=[row["subject"] for row in rows], y=[v["value"] for v in values], mode="markers", name=name,
@@ -63,6 +65,6 @@ def restart_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     drawn.update_yaxes(rangemode="tozero")
     for column in range(1, min(COLUMNS, len(rows)) + 1):
         last = n_rows if (n_rows - 1) * COLUMNS + column <= len(rows) else n_rows - 1
-        drawn.update_xaxes(title_text="answers written after loop k", row=last, col=column)
+        drawn.update_xaxes(title_text="loop k", row=last, col=column)
     drawn.update_yaxes(title_text="NLL [nat]", col=1)
     return drawn.update_layout(legend={"y": 1 + 0.28 / n_rows}, margin={"t": 110})

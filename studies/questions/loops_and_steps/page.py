@@ -36,9 +36,12 @@ LIMITS = (
 
 def steps_table(verdict: Mapping[str, Any]) -> pd.DataFrame:
     """A row per subject."""
+    def exchanged(row: Mapping[str, Any], by: str) -> str:
+        return "–" if row["answer"] == "nothing" else in_words(row[by], ".2f")
+
     return pd.DataFrame([{
-        "subject": row["subject"], "first loop by the first before": in_words(row["first"], ".2f"),
-        "by later ones": in_words(row["later"], ".2f"), "a step": row["answer"],
+        "subject": row["subject"], "first loop by the first before": exchanged(row, "first"),
+        "by later ones": exchanged(row, "later"), "a step": row["answer"],
         "one more loop gains": in_words(row["restarts"][0]["loop_gain"], ".3f"),
         "a restart gains": in_words(row["restarts"][0]["restart_gain"], ".3f"),
         "after loop 0 a restart is": row["restarts"][0]["decision"],
