@@ -25,8 +25,8 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, go.F
     """By name: title, what it shows, and the figure."""
     return {"exchange": ("Who could do the first loop of the later step?",
                          "τ of the later step's first loop, done by the first loop of the step before (blue) and by "
-                         "its later loops (orange), with 95% intervals. Dotted: .25 and .5, the thresholds. Where the first loop "
-                         "does no work there is nothing to exchange, and no point.",
+                         "its later loops (orange), with 95% intervals. Dotted: .25 and .5, the thresholds. "
+                         "Where the first loop does no work there is nothing to exchange, and no point.",
                          exchange_figure(rows)),
             "restart": ("Writing answers and starting anew, or looping on?",
                         "NLL at the positions that are masked still, against the loop k after which half of the "
