@@ -74,3 +74,8 @@ def naive_injection(model: HookedLoopMDM, embedded: Tensor, entering: Tensor) ->
         return embedded if config.input_injection == "add" else torch.zeros_like(embedded)
     centred = entering - entering.mean(-1, keepdim=True) if config.norm == "layer" else entering
     return model.injection_gate * centred / (centred.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+
+
+def attached(model: HookedLoopMDM) -> int:
+    """How many hook functions hang on a model."""
+    return sum(len(point.entries) for point in model.hook_points.values())
