@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooks.edits import Edit
 from hooks.hook_points import HookFunction
@@ -77,6 +77,11 @@ class LoopedModel(ABC):
     @abstractmethod
     def name(self) -> str:
         """What people call it."""
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The network whose weights these are."""
 
     @property
     @abstractmethod

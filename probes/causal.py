@@ -32,6 +32,7 @@ from hooks.contract import Context, Inputs, Levels, LoopedModel
 from hooks.topology import Topology
 from probes.batching import derangement
 from probes.gains import check_targets
+from probes.gradients import differentiable_states
 from probes.measurement import check_finite, depth_coords, mean_over_positions, measurement
 
 Effect = Literal["skip", "mean", "resample", "repeat", "freeze"]
@@ -168,18 +169,15 @@ def attribution_patch_resid_pre(model: LoopedModel, corrupted: Inputs, clean: In
     """What `get_act_patch_resid_pre` would give, to first order: metric + (clean − corrupted state) · gradient.
 
     [depth, pos, example], from one backward pass through the corrupted run (2310.10348). How good the approximation is
-    depends on the place: compare it with the exact patch where it matters, by `attribution_error`.
+    depends on the place: compare it with the exact patch where it matters, by `attribution_error`. Raises
+    `hooks.Unavailable` where the model's own code runs layers without gradients.
     """
     with model.exclusive(), torch.enable_grad():
         with torch.no_grad():
             _, there, ends, _ = _pair(model, corrupted, clean, metric, n_loops, t)
-        state, context = model.enter(corrupted, n_loops, t=t)
-        kept: list[Tensor] = []
-        for depth in range(context.topology.depth):
-            state = state.detach().requires_grad_() if not kept else state
-            kept.append(state)
-            state = model.apply(depth, state, context)
-        value = metric(model.read(state, context), torch.arange(len(state)))
+        states, context = differentiable_states(model, corrupted, n_loops, t=t)
+        value = metric(model.read(states[-1], context), torch.arange(len(states[-1])))
+        kept = states[:-1]
         gradients = torch.autograd.grad(value.sum(), kept)
     change = torch.stack([((there[depth] - kept[depth].detach()) * gradient).sum(-1)
                           for depth, gradient in enumerate(gradients)])                       # [depth, batch, pos]

@@ -90,7 +90,7 @@ def gains(model: LoopedModel, inputs: Inputs, cycle: Cycle, *, targets: Int[Tens
     return xr.Dataset(variables)
 
 
-def check_targets(targets: Int[Tensor, "batch answer"], scored: Bool[Tensor, "batch answer"]) -> None:
+def check_targets(targets: Int[Tensor, "batch target"], scored: Bool[Tensor, "batch answer"]) -> None:
     """ValueError for targets of another shape, of another type, or without an answer at a scored position."""
     if targets.shape != scored.shape:
         raise ValueError(f"targets have shape {tuple(targets.shape)}, the answers {tuple(scored.shape)}.")

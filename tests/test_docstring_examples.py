@@ -304,6 +304,7 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "hooks/store.py": lambda: {"config": SamplerConfig(n_steps=4, n_loops=2)},
         "probes/cycles.py": lambda: {"deep_twin": HookedLoopMDM(replace(model.config, n_loop_layers=4, max_loops=1))},
         "probes/geometry.py": lambda: {"fixed_point": fixed_point},
+        "probes/lenses/base.py": lambda: dict(zip(("state", "context"), model.enter(noised[:3], 2), strict=True)),
         "probes/measurement.py": lambda: {"values": np.zeros((2, 3))},
         "probes/similarity.py": lambda: {"x": torch.randn(20, 3), "y": torch.randn(20, 4)},
         "studies/checks.py": lambda: {"args": SimpleNamespace(t=0.5, examples=3, results="results")},

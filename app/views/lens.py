@@ -14,7 +14,7 @@ from app.figures.grids import Look, Panel, mask_editor, token_grids
 from app.figures.lens import COLOURS, lens_grid, region_curves
 from app.selection import Scene
 from hooks.model.diffusion import T_MIN
-from probes.lenses import LENSES, LensKind
+from probes.lenses import LensKind
 
 KINDS: dict[str, LensKind] = {"coda lens": "coda", "logit lens": "logit"}
 WHAT = {"coda": "runs the layers after the loops on the state first: what would the model answer if it stopped here?",
@@ -124,7 +124,7 @@ def _curves(scene: Scene, lens: xr.Dataset, colour: str) -> None:
     noise = "all of it" if scene.t == 1 else f"t = {max(scene.t, T_MIN):.2f}"
     show.figure(drawn, f"The same, averaged over the masked positions of each {region} ({noise} masked): when does a "
                        f"{region} "
-                f"become answerable? Definition: {LENSES[lens.attrs['kind']][0]}.", name="lens-regions",
+                f"become answerable? Definition: {lens.attrs['definition']}.", name="lens-regions",
                 title=f"{region.capitalize()} by {region}",
                 table=lambda: show.table_of(lens[[colour]]))
 

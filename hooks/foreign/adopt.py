@@ -96,7 +96,7 @@ class AdoptedModel(LoopedModel):
                  seed: int):
         if attention is not None:
             architecture = replace(architecture, attention=pattern_element(attention))
-        self.module, self.architecture, self.tokenizer, self.seed = module, architecture, tokenizer, seed
+        self._module, self.architecture, self.tokenizer, self.seed = module, architecture, tokenizer, seed
         self._drew = False
         self._max_loops = n_loops if isinstance(n_loops, int) else architecture.n_loops
         self._layout = None if axes is None else declared_layout(tuple(axes))
@@ -120,6 +120,10 @@ class AdoptedModel(LoopedModel):
     def name(self) -> str:
         config = getattr(self.module, "config", None)
         return getattr(config, "name_or_path", "") or type(self.module).__name__
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
 
     @property
     def max_loops(self) -> int:

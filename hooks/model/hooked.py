@@ -190,6 +190,11 @@ class HookedLoopMDM(LoopMDM, PyTorchModelHubMixin, LoopedModel, library_name="lo
     # ------------------------------------------------- the contract of `hooks.contract`
 
     @property
+    def module(self) -> HookedLoopMDM:
+        """Itself: the network is the hooked model."""
+        return self
+
+    @property
     def name(self) -> str:
         """The folder or hub id it was loaded from, or its shape."""
         c = self.config

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hooks import adopt
+from hooks import Unavailable, adopt
 from hooks.edits import patch, skip_layer, steer
 from probes.causal import (
     EFFECTS,
@@ -229,6 +229,14 @@ def test_attribution_is_exact_in_the_limit_and_says_how_wrong_it_is_otherwise():
     effect = (exact - exact.corrupted).sel(depth=depth).values
     wrong = (first - exact).sel(depth=depth).values
     assert float(error.max()) == pytest.approx(((wrong ** 2).mean() / (effect ** 2).mean()) ** 0.5, rel=1e-4)
+
+
+def test_layers_that_run_without_gradients_have_no_attribution():
+    specimen = SPECIMENS["hrm-text"]()
+    metric = nll_of(specimen.model.targets(specimen.inputs), specimen.model.scored(specimen.inputs))
+    with pytest.raises(Unavailable, match=r"without gradients, under torch\.no_grad\(\)"):
+        attribution_patch_resid_pre(specimen.model, specimen.inputs.roll(1, 0), specimen.inputs, metric,
+                                    n_loops=specimen.n_loops)
 
 
 class Linear(nn.Module):

@@ -127,7 +127,7 @@ def test_results_carry_axes_roles_units_and_source_and_the_model_is_left_clean()
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"kind": "tuned"}, "kind must be one of logit, coda, not 'tuned'"),
+    ({"kind": "tuned"}, "kind must be one of logit, coda, or a fitted lens, not 'tuned'"),
     ({"top_k": 8}, "top_k must be between 1 and the vocabulary's 7, not 8"),
     ({"targets": torch.full((3, 9), MASK)}, r"targets must be clean tokens: ids in 0..6 other than the mask \(6\)"),
     ({"targets": torch.full((3, 9), -1)}, "targets must be clean tokens"),
