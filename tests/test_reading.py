@@ -73,5 +73,5 @@ def test_what_is_called_is_in_a_file_that_is_listed(tmp_path: Path) -> None:
     def verdict() -> None:
         str(stage_test(model, noised, targets=tokens, scored=noised == task.mask_token_id, n_loops=3))
 
-    known = {*files_of(VERDICT), *files_of(SHARED), "probes/measurement.py"}
+    known = {*files_of(VERDICT), *files_of(SHARED)}
     assert called(verdict) - known == set()

@@ -180,14 +180,13 @@ def _values(logits: Float[Tensor, "row pos vocab"], final_log: Float[Tensor, "ro
     values = {"prediction": top_tokens[..., 0], "probability": top_probabilities[..., 0],
               "entropy": torch.special.entr(p).sum(-1), "kl_to_final": divergence(final_log, log_p)}
     if targets is not None:
-        nll = -log_p.gather(-1, targets.clamp_min(0)[..., None].long())[..., 0]
-        values["nll"] = nll.masked_fill(targets < 0, torch.nan)
-        values["target_probability"] = (-values["nll"]).exp()
-        there = log_p.gather(-1, targets.clamp_min(0)[..., None].long())
+        truth = targets.clamp_min(0)[..., None].long()
+        there = log_p.gather(-1, truth)
         rank = (log_p > there).sum(-1) + ((log_p == there).sum(-1) - 1) / 2
-        other = log_p.scatter(-1, targets.clamp_min(0)[..., None].long(), -torch.inf).amax(-1)
-        values["target_rank"] = rank.masked_fill(targets < 0, torch.nan)
-        values["margin"] = (there[..., 0] - other).masked_fill(targets < 0, torch.nan)
+        margin = there[..., 0] - log_p.scatter(-1, truth, -torch.inf).amax(-1)
+        of_target = {"nll": -there[..., 0], "target_probability": there[..., 0].exp(), "target_rank": rank,
+                     "margin": margin}
+        values |= {name: value.masked_fill(targets < 0, torch.nan) for name, value in of_target.items()}
     if top_k > 1:
         values |= {"top_tokens": top_tokens, "top_probabilities": top_probabilities}
     return values
