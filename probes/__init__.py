@@ -20,7 +20,7 @@ from probes.geometry import (
 )
 from probes.intervals import over_examples
 from probes.lenses import read_lens
-from probes.linear import probe_latent, ridge_probes
+from probes.linear import probe_latent
 from probes.measurement import depth_coords, measurement
 from probes.responses import responses
 from probes.similarity import cka_between_depths, linear_cka
@@ -29,4 +29,4 @@ from probes.stage_test import Verdict, stage_test
 __all__ = ["Verdict", "attention_summary", "causal_scan", "cka_between_depths", "classify_tokens", "contraction",
            "depth_coords", "dynamics", "effective_rank", "exchange", "fixed_point", "gains", "linear_cka",
            "matrix_entropy", "measurement", "over_examples", "pattern_distance", "patterns", "probe_latent",
-           "read_lens", "responses", "ridge_probes", "stage_test", "tau", "trajectory_pca"]
+           "read_lens", "responses", "stage_test", "tau", "trajectory_pca"]

@@ -58,8 +58,9 @@ def mean_by_example(value: Float[Tensor, "point"], example: Int[Tensor, "point"]
     return torch.where(number > 0, total / number.clamp_min(1), torch.nan).numpy()
 
 
-def depth_coords(topology: Topology) -> dict[Hashable, Any]:
-    """Coordinates of the depth axis: ``layer``, and ``loop`` (−1 where a layer runs once)."""
-    layers, loops = zip(*topology.unrolled(), strict=True)
-    return {"depth": np.arange(topology.depth), "layer": ("depth", np.array(layers)),
+def depth_coords(topology: Topology, depths: Sequence[int] | None = None) -> dict[Hashable, Any]:
+    """Coordinates of the depth axis, of all or some depths: ``layer``, and ``loop`` (−1 where a layer runs once)."""
+    depths = range(topology.depth) if depths is None else depths
+    layers, loops = zip(*[topology.unrolled()[depth] for depth in depths], strict=True)
+    return {"depth": np.array(depths), "layer": ("depth", np.array(layers)),
             "loop": ("depth", np.array([-1 if k is None else k for k in loops]))}

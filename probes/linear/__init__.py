@@ -1,5 +1,14 @@
-"""Linear probes: which variables can be read off the residual stream, at which layer and loop."""
+"""Linear probes: which variables can be read off the residual stream, at which layer and loop.
 
-from probes.linear.latents import probe_latent, ridge_probes
+    found = probe_latent(model, noised, labels, n_classes, n_loops=8, groups=groups)     # (depth, group)
+    probe = LogisticProbe(C=[0.01, 0.1, 1.0]).fit(features, labels, groups=example)      # a scikit-learn estimator
+"""
 
-__all__ = ["probe_latent", "ridge_probes"]
+from probes.linear.description_length import online_code
+from probes.linear.estimators import LogisticProbe, Probe, RegressionProbe, RidgeProbe, SiteProbes
+from probes.linear.features import Features, site_features
+from probes.linear.latents import probe_latent, probe_values
+from probes.linear.transfer import probe_loop, transfer
+
+__all__ = ["Features", "LogisticProbe", "Probe", "RegressionProbe", "RidgeProbe", "SiteProbes", "online_code",
+           "probe_latent", "probe_loop", "probe_values", "site_features", "transfer"]

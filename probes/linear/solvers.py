@@ -5,7 +5,7 @@ and so are the optima: ‖y − X w − c‖² + α ‖w‖² of `Ridge`, and C 
 is not penalised.
 
     coef, intercept = ridge(x, y, alpha=1.0)                  # x [site, point, d_model], y [point, output]
-    coef, intercept = logistic(x, y, C=1.0, n_classes=6)      # coef [site, d_model, output]
+    coef, intercept, n_steps = logistic(x, y, C=1.0, n_classes=6)      # coef [site, d_model, output]
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def ridge(x: Float[Tensor, "site point d_model"], y: Float[Tensor, "point output
 
 def logistic(x: Float[Tensor, "site point d_model"], y: Float[Tensor, "point output"], *, n_classes: int,
              C: float | Float[Tensor, "site"] = 1.0, tol: float = 1e-4, max_iter: int = 500,
-             ) -> tuple[Float[Tensor, "site d_model output"], Float[Tensor, "site output"]]:
-    """Coefficients and intercepts of logistic regression at every site, in x's precision (float32 at least).
+             ) -> tuple[Float[Tensor, "site d_model output"], Float[Tensor, "site output"], Float[Tensor, "site"]]:
+    """Coefficients, intercepts and numbers of steps of logistic regression, in x's precision (float32 at least).
 
     The outputs are targets side by side: each takes ``n_classes`` columns of ``y``, which hold a softmax's shares, or
     one column, a sigmoid's share, where ``n_classes`` is 1. Ends when no entry of the mean gradient exceeds ``tol`` in
@@ -66,9 +66,13 @@ def logistic(x: Float[Tensor, "site point d_model"], y: Float[Tensor, "point out
     bound.diagonal(dim1=-2, dim2=-1).add_(weight[:, None].double())
     inverse = torch.linalg.inv(torch.linalg.cholesky(bound)).to(precision)          # L⁻¹, of L Lᵀ = bound
     problem = _Problem(centred @ inverse.mT, y.to(x.device, precision), weight, inverse, n_classes)
-    free = problem.solve(tol, max_iter)
+    free, steps = problem.solve(tol, max_iter)
     coef = inverse.mT @ free[:, :-1]
-    return coef, free[:, -1] - (mean @ coef)[:, 0]
+    intercept = free[:, -1] - (mean @ coef)[:, 0]
+    if n_classes > 1:                                                    # a softmax takes no notice of what all share
+        shares = intercept.unflatten(-1, (-1, n_classes))
+        intercept = (shares - shares.mean(-1, keepdim=True)).flatten(1)
+    return coef, intercept, steps
 
 
 # -------------------------------------------------------------------------------------- private
@@ -106,10 +110,11 @@ class _Problem:
         gradient = torch.cat([self.features.mT @ residual / n + pulled, residual.mean(1, keepdim=True)], 1)
         return loss / n + (v * pulled).sum((1, 2)) / 2, gradient
 
-    def solve(self, tol: float, max_iter: int) -> Float[Tensor, "site d_free output"]:
+    def solve(self, tol: float, max_iter: int) -> tuple[Float[Tensor, "site d_free output"], Float[Tensor, "site"]]:
         """L-BFGS with backtracking at each site on its own; a site that has arrived stands still."""
         at = self.start
         value, gradient = self(at)
+        taken = torch.ones(len(at), dtype=at.dtype, device=at.device)
         steps: list[Tensor] = []
         changes: list[Tensor] = []
         for _ in range(max_iter):
@@ -124,11 +129,12 @@ class _Problem:
             moved, new_value, new_gradient, arrived = self._search(at, value, gradient, direction, slope, open_)
             if not bool(arrived.any()):
                 break                                                              # at the precision of the arithmetic
+            taken += arrived
             steps.append(moved - at)
             changes.append(new_gradient - gradient)
             del steps[:-MEMORY], changes[:-MEMORY]
             at, value, gradient = moved, new_value, new_gradient
-        return at
+        return at, taken
 
     def _search(self, at: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, slope: Tensor,
                 open_: Bool[Tensor, "site"]) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "site"]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hooks import HookedLoopMDM
 from hooks.edits import freeze
-from probes import attention, geometry, linear, loop_patterns, similarity
+from probes import attention, geometry, loop_patterns, similarity
 from probes.attention import attention_summary, pattern_distance, patterns
 from probes.cycles import own_loops
 from probes.geometry import (
@@ -27,7 +28,13 @@ from probes.geometry import (
     trajectory_pca,
 )
 from probes.lenses import read_lens, reading
-from probes.linear import probe_latent, ridge_probes
+from probes.linear import (
+    online_code,
+    probe_latent,
+    probe_loop,
+    probe_values,
+    transfer,
+)
 from probes.loop_patterns import frozen_attention, head_distances, pattern_gram
 from probes.similarity import cka_between_depths, linear_cka
 from tests.small import MASK, VARIANTS, small_model, small_tokens
@@ -35,6 +42,9 @@ from tests.small import MASK, VARIANTS, small_model, small_tokens
 LOOPS = 8
 TOKENS = small_tokens(batch=24, seed=3)
 TRUTH = small_tokens(batch=24, seed=4).clamp(max=MASK - 1)
+
+LINEAR = tuple(importlib.import_module(f"probes.linear.{name}")
+               for name in ("latents", "transfer", "description_length"))
 
 Result = xr.Dataset | xr.DataArray
 
@@ -61,7 +71,10 @@ PROBES: dict[str, Callable[[HookedLoopMDM], Result]] = {
     "coda lens": lambda m: read_lens(m, TOKENS, n_loops=LOOPS, kind="coda", targets=TRUTH),
     "straight line": lambda m: reading.read_line(m, TOKENS, n_loops=LOOPS, kind="logit", targets=TRUTH, top_k=3),
     "probe_latent": lambda m: probe_latent(m, TOKENS, TOKENS % 2, 2, n_loops=LOOPS, groups=torch.arange(9) % 2),
-    "ridge_probes": lambda m: ridge_probes(states(m), TOKENS.flatten() % 2, 2, train=torch.arange(216) % 3 > 0),
+    "probe_values": lambda m: probe_values(m, TOKENS, TOKENS.double(), n_loops=LOOPS),
+    "transfer": lambda m: transfer(m, TOKENS, TOKENS % 2, n_loops=LOOPS),
+    "probe_loop": lambda m: probe_loop(m, TOKENS, where=TOKENS >= 0, n_loops=LOOPS),
+    "online_code": lambda m: online_code(m, TOKENS, TOKENS % 2, 2, n_loops=LOOPS),
     "dynamics": lambda m: dynamics(*residual(m), fixed_point=fixed_point(m, TOKENS, n_loops=24)),
     "fixed_point": lambda m: fixed_point(m, TOKENS, n_loops=24),
     "contraction": lambda m: contraction(dynamics(*residual(m), fixed_point=fixed_point(m, TOKENS, n_loops=24))
@@ -80,7 +93,7 @@ PROBES: dict[str, Callable[[HookedLoopMDM], Result]] = {
     "frozen_attention": lambda m: numbers(frozen_attention(m, TOKENS, own_loops(m.topology(LOOPS)), after=1)),
 }
 
-SHARES = {"probe_latent", "ridge_probes"}
+SHARES = {"probe_latent", "probe_values", "transfer", "probe_loop", "online_code"}
 """Probes that count right answers: a share of a few dozen examples moves by whole examples."""
 
 
@@ -115,7 +128,7 @@ def test_probes_agree_with_the_model_in_single_precision(name: str, dtype: torch
         assert value.dtype.itemsize >= 4, key  # a measurement is never held in half precision
         apart = np.abs(value - expected)[np.isfinite(expected)]
         size = np.abs(expected)[np.isfinite(expected)]
-        allowed = 0.05 if name in SHARES else 12 * rounding * max(float(np.sqrt((size ** 2).mean())), 1.0)
+        allowed = 0.1 if name in SHARES else 12 * rounding * max(float(np.sqrt((size ** 2).mean())), 1.0)
         assert np.sqrt((apart ** 2).mean()) <= allowed, (key, apart.max())
 
 
@@ -132,7 +145,7 @@ def test_distances_of_equal_patterns_are_zero_in_every_precision(dtype: torch.dt
 def test_every_public_probe_is_here() -> None:
     measured = {"model", "residual", "x", "features", "gram", "distance", "distances"}
     probes = {
-        name for module in (attention, geometry, linear, similarity, loop_patterns, reading)
+        name for module in (attention, geometry, similarity, loop_patterns, reading, *LINEAR)
         for name, fn in inspect.getmembers(module, inspect.isfunction)
         if fn.__module__ == module.__name__ and not name.startswith("_")
         and measured & set(inspect.signature(fn).parameters)}

@@ -7,79 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 from sklearn.linear_model import RidgeClassifier
 from torch import Tensor
 
 from hooks import HookedLoopMDM
-from probes import linear, probe_latent, ridge_probes
+from probes import probe_latent
+from probes.linear import LogisticProbe, latents
+from probes.linear.held_out import held_out
 from tests.small import MASK, small_model
 
 N_LOOPS = 2
 N_POS = 8
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
 
-
-def random_features(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(3, 200, 5, generator=generator) * torch.tensor([1.0, 10.0, 0.1])[:, None, None] + 2
-    direction = torch.randn(5, 3, generator=generator)
-    labels = ((features[0] - 2) @ direction + torch.randn(200, 3, generator=generator)).argmax(1)
-    return features, labels, torch.arange(200) % 3 > 0
-
-
-@pytest.mark.parametrize("ridge", [1e-3, 1.0, 100.0])
-@pytest.mark.parametrize("n_classes", [2, 3])
-def test_ridge_probes_agree_with_scikit_learn(n_classes: int, ridge: float) -> None:
-    features, labels, train = random_features()
-    labels = labels.clamp(max=n_classes - 1)
-    ours = ridge_probes(features, labels, n_classes, train=train, ridge=ridge)
-    for site in range(3):
-        x, y = features[site].double().numpy(), labels.numpy()
-        theirs = RidgeClassifier(alpha=ridge, solver="cholesky").fit(x[train], y[train])
-        np.testing.assert_array_equal(ours.prediction[site], theirs.predict(x))
-        np.testing.assert_allclose(ours.accuracy[site], theirs.score(x[~train], y[~train]), rtol=1e-6)
-        np.testing.assert_allclose(ours.train_accuracy[site], theirs.score(x[train], y[train]), rtol=1e-6)
-    commonest = np.bincount(labels[train]).argmax()
-    np.testing.assert_allclose(ours.majority, (labels[~train] == commonest).double().mean(), rtol=1e-6)
-    assert (ours.accuracy_low < ours.accuracy).all()
-    assert (ours.accuracy < ours.accuracy_high).all()
-
-
-def test_wilsons_interval_agrees_with_scipy() -> None:
-    features, labels, train = random_features()
-    ours = ridge_probes(features, labels, 3, train=train)
-    n_test = ours.attrs["n_test"]
-    interval = binomtest(round(float(ours.accuracy[0]) * n_test), n_test).proportion_ci(method="wilson")
-    np.testing.assert_allclose([ours.accuracy_low[0], ours.accuracy_high[0]], [interval.low, interval.high], rtol=1e-5)
-
-
-def test_undefined_labels_are_neither_trained_on_nor_scored() -> None:
-    features, labels, train = random_features()
-    known = torch.arange(200) % 5 != 0
-    with_holes = ridge_probes(features, torch.where(known, labels, -1), 3, train=train)
-    without = ridge_probes(features[:, known], labels[known], 3, train=train[known])
-    np.testing.assert_array_equal(with_holes.prediction[:, known.numpy()], without.prediction)
-    np.testing.assert_array_equal(with_holes.accuracy, without.accuracy)
-    assert with_holes.attrs == without.attrs
-
-
-@pytest.mark.unchecked
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"ridge": 0.0}, "ridge must be above 0"),
-    ({"n_classes": 2}, r"labels hold 0..2; with n_classes=2 they are 0..1, and −1"),
-    ({"train": torch.ones(200, dtype=torch.bool)}, "leave some out to test on"),
-    ({"train": torch.zeros(200, dtype=torch.bool)}, "no labelled example is in the training set"),
-    ({"train": torch.ones(100, dtype=torch.bool)}, r"features are \[site, example, d_model\]"),
-])
-def test_what_cannot_be_fitted_is_refused(changes: dict[str, Any], message: str) -> None:
-    features, labels, train = random_features()
-    options: dict[str, Any] = {"n_classes": 3, "train": train, **changes}
-    with pytest.raises(ValueError, match=message):
-        ridge_probes(features, labels, **options)
-
-
-# ------------------------------------------------------------------ probe_latent
 
 def model_and_tokens(n: int = 240) -> tuple[HookedLoopMDM, Tensor]:
     tokens = torch.randint(0, MASK, (n, N_POS), generator=torch.Generator().manual_seed(5))
@@ -133,12 +73,12 @@ def test_each_probe_is_the_one_that_scikit_learn_fits() -> None:
     model, tokens = model_and_tokens()
     labels = torch.where(tokens == 0, -1, tokens % 3)
     result = probe_latent(model, tokens, labels, 3, n_loops=N_LOOPS, groups=GROUPS, seed=3, hook="hook_mlp_out")
-    held_out = linear._held_out(len(tokens), 0.25, torch.Generator().manual_seed(3))
+    judged = held_out(len(tokens), 0.25, seed=3)
     with torch.no_grad():
         _, rec = model.run_with_cache(tokens, N_LOOPS, names_filter="blocks.*.hook_mlp_out")
     x = rec["blocks.1.hook_mlp_out@1"][:, 4:].double()
     y = labels[:, 4:]
-    train, test = (y >= 0) & ~held_out[:, None], (y >= 0) & held_out[:, None]
+    train, test = (y >= 0) & ~judged[:, None], (y >= 0) & judged[:, None]
     scale = x[train].square().mean().sqrt()
     theirs = RidgeClassifier(alpha=1.0).fit((x / scale)[train].numpy(), y[train].numpy())
     expected = theirs.score((x / scale)[test].numpy(), y[test].numpy())
@@ -148,15 +88,20 @@ def test_each_probe_is_the_one_that_scikit_learn_fits() -> None:
 
 def test_the_control_task_is_a_class_per_type_balanced_and_the_same_everywhere() -> None:
     positions = torch.arange(6).expand(10, 6)
-    control = linear._control_labels(positions, 2, torch.Generator().manual_seed(0))
+    everywhere = torch.ones(6, dtype=torch.bool)
+    control = latents._control_labels(positions, everywhere, 2, torch.Generator().manual_seed(0))
     assert control is not None
     assert (control == control[0]).all()
     assert torch.bincount(control[0]).tolist() == [3, 3]
+    some = latents._control_labels(positions, positions[0] > 1, 2, torch.Generator().manual_seed(0))
+    assert some is not None
+    assert (some[:, :2] == -1).all()
+    assert torch.bincount(some[0, 2:]).tolist() == [2, 2]
     words = torch.randint(0, 9, (10, 6), generator=torch.Generator().manual_seed(1)) * 7
-    by_word = linear._control_labels(words, 3, torch.Generator().manual_seed(0))
+    by_word = latents._control_labels(words, everywhere, 3, torch.Generator().manual_seed(0))
     assert by_word is not None
     assert all(len(by_word[words == word].unique()) == 1 for word in words.unique())
-    assert linear._control_labels(positions[:, :1], 2, torch.Generator()) is None
+    assert latents._control_labels(positions, positions[0] == 0, 2, torch.Generator()) is None
 
 
 def test_a_control_that_can_be_read_leaves_no_selectivity() -> None:
@@ -186,6 +131,25 @@ def test_intervals_hold_the_estimate_and_the_seed_decides() -> None:
     np.testing.assert_allclose(width, binomial, rtol=0.6, atol=0.01)   # positions here are nearly independent
 
 
+def test_shares_of_examples_make_up_the_accuracy() -> None:
+    model, tokens = model_and_tokens(40)
+    labels = torch.where(tokens == 0, -1, tokens % 3)
+    found = probe_latent(model, tokens, labels, 3, n_loops=N_LOOPS, groups=GROUPS)
+    counted = (labels[torch.tensor(found.example.values)] >= 0).view(-1, 2, 4).sum(-1).T.numpy()     # [group, example]
+    for share, whole in ((found.right, found.accuracy), (found.control_right, found.control_accuracy)):
+        np.testing.assert_allclose((share.fillna(0) * counted).sum("example") / found.n_test, whole, rtol=1e-6)
+    assert (found.right.isnull().values == (counted == 0)).all()
+
+
+def test_any_probe_will_do_and_chooses_its_penalty_by_examples() -> None:
+    model, tokens = model_and_tokens()
+    probe = LogisticProbe(C=[1e-6, 1.0], scale=True)
+    found = probe_latent(model, tokens, tokens % 2, 2, n_loops=N_LOOPS, groups=GROUPS, probe=probe)
+    assert (found.accuracy.isel(depth=0) > 0.9).all()          # C = 1e-6 alone answers with the commoner class
+    assert found.attrs["probe"] == str(probe)
+    assert "logistic regression" in found.accuracy.definition
+
+
 @pytest.mark.unchecked
 @pytest.mark.parametrize(("changes", "message"), [
     ({"labels": torch.zeros(240, 3, dtype=torch.long)}, r"labels must be \[batch, pos\]"),
@@ -193,6 +157,9 @@ def test_intervals_hold_the_estimate_and_the_seed_decides() -> None:
     ({"control_types": torch.zeros(2, 2, dtype=torch.long)}, r"control_types must be \[batch, pos\]"),
     ({"test_fraction": 0.0}, "test_fraction 0.0 of 240 examples leaves 0 to test on"),
     ({"labels": torch.full((240, N_POS), -1)}, "group 0: no labelled example is in the training set"),
+    ({"labels": torch.full((240, N_POS), 2)}, "with n_classes=2 they are 0..1, and −1"),
+    ({"groups": torch.full((N_POS,), -1)}, "no position is in a group"),
+    ({"probe": LogisticProbe(C=0.0)}, "C must be above 0"),
     ({"hook": "hook_nothing"}, "No site is called"),
 ])
 def test_illegal_requests_are_refused(changes: dict[str, Any], message: str) -> None:

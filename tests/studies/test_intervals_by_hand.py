@@ -9,7 +9,7 @@ import xarray as xr
 from scipy import stats
 from torch import Tensor
 
-from probes import probe_latent, ridge_probes
+from probes import probe_latent
 from probes.intervals import bootstrap
 from studies.questions.claims.judge import quantity
 from tests.small import MASK, small_model
@@ -84,16 +84,3 @@ def test_selectivity_is_resampled_in_pairs() -> None:
     assert ((found.accuracy_high - found.accuracy_low) > 0.02).all()
     for name in ("selectivity", "selectivity_low", "selectivity_high"):
         np.testing.assert_allclose(found[name], 0, atol=1e-12)
-
-
-def test_wilsons_interval_covers_at_its_rate() -> None:
-    """Exact coverage, over all outcomes of 200 trials: 95% on average, and 90% would be told apart."""
-    n, p = 200, 0.3
-    features, train = torch.zeros(1, n + 2, 1), torch.arange(n + 2) >= n
-    covered = 0.0
-    for hits in range(30, 91):   # the rest has no probability to speak of
-        labels = torch.cat([(torch.arange(n) < hits).long(), torch.ones(2, dtype=torch.long)])
-        found = ridge_probes(features, labels, 2, train=train)
-        if found.accuracy_low <= p <= found.accuracy_high:
-            covered += float(stats.binom.pmf(hits, n, p))
-    assert covered == pytest.approx(0.95, abs=0.015)
