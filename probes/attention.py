@@ -99,7 +99,7 @@ def attention_summary(model: LoopedModel, inputs: Inputs, *, n_loops: int | None
     topology = model.topology(n_loops)
     sites = [model.attention(depth, n_loops=n_loops) for depth in range(topology.depth)]
     _, rec = model.run_with_cache(inputs, n_loops, names_filter=sites, t=t,
-                                  reduce=lambda pattern, site: _summary(_checked(pattern, site), roles))
+                                  reduce=lambda pattern, site: _summary(checked_pattern(pattern, site), roles))
     packed = torch.stack([rec[site] for site in sites])
     coords = {**depth_coords(topology), "query_role": names, "key_role": names}
     variables, start = {}, 0
@@ -169,10 +169,19 @@ def pattern_distance(model: LoopedModel, inputs: Inputs, *, n_loops: int | None 
 def pattern_at(rec: Recording, site: str) -> Float[Tensor, "batch head query key"]:
     """The attention pattern in a recording. Raises `hooks.Unavailable` if something else is recorded there, and
     ValueError if it is not finite."""
-    return _checked(rec[site], site)
+    return checked_pattern(rec[site], site)
 
 
 Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+def checked_pattern(pattern: Tensor, site: str) -> Float[Tensor, "batch head query key"]:
+    """The pattern itself. Raises Unavailable if it is none, ValueError if it is not finite."""
+    if pattern.ndim != 4:
+        raise Unavailable(f"{site} holds {list(pattern.shape)} and no attention pattern [batch, head, query, key]: "
+                          "name its site when you adopt the model, attention='attn.hook_out.1'.")
+    check_finite(pattern, f"the attention pattern at {site}")
+    return pattern
 
 
 def pattern_metric(apart: Array, square: Array, other_square: Array) -> Array:
@@ -241,11 +250,3 @@ def _chosen(topology: Topology, layers: Sequence[int] | None, loops: Sequence[in
     wanted = None if loops is None else {loop % topology.n_loops for loop in loops}
     return [depth for depth, (layer, loop) in enumerate(every)
             if (layers is None or layer in layers) and (wanted is None or loop is None or loop in wanted)]
-
-
-def _checked(pattern: Tensor, site: str) -> Tensor:
-    if pattern.ndim != 4:
-        raise Unavailable(f"{site} holds {list(pattern.shape)} and no attention pattern [batch, head, query, key]: "
-                          "name its site when you adopt the model, attention='attn.hook_out.1'.")
-    check_finite(pattern, f"the attention pattern at {site}")
-    return pattern

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from hooks.contract import Context, Inputs, Levels, LoopedModel
 from hooks.topology import Topology
+from probes.answers import ROWS, Judge, asked, changes, of_versions, places
 from probes.batching import derangement
-from probes.gains import check_targets
 from probes.gradients import differentiable_states
 from probes.measurement import check_finite, depth_coords, mean_over_positions, measurement
 
@@ -49,9 +49,6 @@ EFFECTS: Mapping[Effect, tuple[str, str]] = {
 Metric = Callable[[Float[Tensor, "row pos vocab"], Int[Tensor, "row"]], Float[Tensor, "row"]]
 """A number for each answer, given which example it answers: `logit_of`, `nll_of`, or one's own (differentiable, for
 attribution)."""
-
-ROWS = 256
-"""Examples that one forward holds, by default."""
 
 
 # --------------------------------------------------------------------------- one layer, changed
@@ -88,10 +85,10 @@ def causal_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
         for state in states:
             check_finite(state, "the residual stream")
         check_finite(logits, "the model's answer", ruled_out=True)
-        judge = _Judge(logits, *_asked(model, inputs, logits, targets, scored))
-        where = _places(at, states[0])
+        judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
+        where = places(at, states[0])
         other = derangement(n, seed)
-        found = {name: torch.full((len(effects), context.topology.depth, n), torch.nan) for name in judge.names}
+        found = torch.full((len(Judge.MEASURES), len(effects), context.topology.depth, n), torch.nan)
         for depth in range(context.topology.depth):
             defined, changed = [], []
             for e, effect in enumerate(effects):
@@ -100,22 +97,12 @@ def causal_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
                     defined.append(e)
                     changed.append(torch.where(where, altered, states[depth + 1]))
             if changed:
-                values = _each(model, depth + 1, torch.stack(changed), context, judge, rows)
-                for name, value in zip(judge.names, values, strict=True):
-                    found[name][defined, depth] = value
+                found[:, defined, depth] = of_versions(model, depth + 1, torch.stack(changed), context, judge, rows)
         clean = judge(logits, torch.arange(n))
     coords: dict[Hashable, Any] = {"effect": list(effects), **depth_coords(context.topology)}
     definition = "; ".join(f"{effect}: {EFFECTS[effect][0]}" for effect in effects)
     source = "; ".join(dict.fromkeys(EFFECTS[effect][1] for effect in effects))
-    variables = {}
-    for m, (name, (long_name, units, change)) in enumerate(_Judge.MEASURES.items()):
-        values = clean[m] - found[name] if change == "fall" else found[name] - clean[m]
-        variables[name] = measurement(values, ("effect", "depth", "example"), coords=coords, units=units, source=source,
-                                      long_name=f"{change} of {long_name}", definition=definition)
-        variables[f"clean_{name}"] = measurement(clean[m], ("example",), long_name=long_name, units=units,
-                                                 definition="of the run as it is", source="the model's own answer")
-    return xr.Dataset(variables, attrs={"n_loops": context.topology.n_loops, "definition": definition,
-                                        "source": source})
+    return changes(found, clean, ("effect", "depth", "example"), coords, definition, source, context.topology.n_loops)
 
 
 # ------------------------------------------------------------------------------ states, patched
@@ -138,7 +125,7 @@ def get_act_patch_resid_pre(model: LoopedModel, corrupted: Inputs, clean: Inputs
             versions = here[depth].repeat(n_pos, 1, 1, 1)
             for pos in range(n_pos):
                 versions[pos, :, pos] = there[depth][:, pos]
-            values.append(_each(model, depth, versions, context, _once(metric), rows)[0])
+            values.append(of_versions(model, depth, versions, context, _once(metric), rows)[0])
     return _patched(torch.stack(values), ("depth", "pos", "example"), ends, context.topology,
                     "the state before a layer at one position")
 
@@ -159,7 +146,7 @@ def get_act_patch_loops(model: LoopedModel, corrupted: Inputs, clean: Inputs, me
         if not after:
             raise ValueError(f"{model.name} loops no layer.")
         versions = torch.stack([there[depth] for depth in after])
-        values = torch.stack([_each(model, depth, versions, context, _once(metric), rows)[0] for depth in after])
+        values = torch.stack([of_versions(model, depth, versions, context, _once(metric), rows)[0] for depth in after])
     found = _patched(values, ("loop", "clean_loop", "example"), ends, None, "the state after a loop")
     return found.assign_coords(loop=range(len(after)), clean_loop=range(len(after)))
 
@@ -211,9 +198,9 @@ def dose_curve(model: LoopedModel, inputs: Inputs, direction: Float[Tensor, "d_m
         if direction.shape != states[0].shape[-1:]:
             raise ValueError(f"the direction has shape {tuple(direction.shape)}, states have d_model = "
                              f"{states[0].shape[-1]}.")
-        state, where = states[depth], _places(at, states[0])
+        state, where = states[depth], places(at, states[0])
         pushed = torch.stack([torch.where(where, state + dose * direction.to(state), state) for dose in doses])
-        values = _each(model, depth, pushed, context, _once(metric), rows)[0]
+        values = of_versions(model, depth, pushed, context, _once(metric), rows)[0]
     return measurement(values, ("dose", "example"), coords={"dose": list(doses)}, long_name="metric under steering",
                        units="1", source="2308.10248", definition="metric of the answer when X := X + dose · direction")
 
@@ -240,57 +227,6 @@ def nll_of(tokens: Int[Tensor, "batch pos"], scored: Bool[Tensor, "batch pos"]) 
 
 # -------------------------------------------------------------------------------------- private
 
-class _Judge:
-    """The measures of an answer, each a number per example."""
-
-    MEASURES: Mapping[str, tuple[str, str, Literal["rise", "fall"]]] = {
-        "nll": ("NLL of the targets", "nat", "rise"), "kl": ("divergence from the clean answer", "nat", "rise"),
-        "accuracy": ("share of right answers", "1", "fall"),
-        "exact": ("examples whose answers are all right", "1", "fall")}
-    """Long name and units, and which way it changes where an answer gets worse."""
-    names = tuple(MEASURES)
-
-    def __init__(self, clean: Tensor, targets: Tensor, scored: Tensor):
-        self.clean, self.targets, self.scored = clean.float().log_softmax(-1), targets, scored
-
-    def __call__(self, logits: Float[Tensor, "row pos vocab"], rows: Int[Tensor, "row"],
-                 ) -> Float[Tensor, "measure row"]:
-        log_p, clean = logits.float().log_softmax(-1), self.clean[rows]
-        scored, truth = self.scored[rows], self.targets[rows]
-        nll = -log_p.gather(-1, truth.clamp_min(0)[..., None])[..., 0]
-        kl = (clean.exp() * (clean - log_p)).nan_to_num(0.0).sum(-1)
-        right = (logits.argmax(-1) == truth).float()
-        accuracy = mean_over_positions(right, scored)
-        return torch.stack([mean_over_positions(nll, scored), mean_over_positions(kl, scored), accuracy,
-                            torch.where(accuracy.isnan(), torch.nan, (accuracy == 1).float())]).cpu()
-
-
-def _asked(model: LoopedModel, inputs: Inputs, logits: Tensor, targets: Tensor | None, scored: Tensor | None,
-           ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Targets and scored positions on the device of the answer, checked."""
-    truth = model.targets(inputs) if targets is None else targets
-    if truth is None:
-        raise ValueError("the inputs do not hold the answers: give clean tokens, targets=….")
-    where = (model.scored(inputs) if scored is None else scored).bool()
-    if where.shape != logits.shape[:2]:
-        raise ValueError(f"scored has shape {tuple(where.shape)}, the answers have [batch, pos] = "
-                         f"{tuple(logits.shape[:2])}.")
-    if scored is None and truth.shape == where.shape:
-        where = where & (truth.to(where.device) >= 0)
-    if not bool(where.any()):
-        raise ValueError("no position is scored: there is no answer that could change. Give a mask, scored=….")
-    check_targets(truth.cpu(), where.cpu())
-    return truth.to(logits.device).long(), where.to(logits.device)
-
-
-def _places(at: Tensor | None, state: Tensor) -> Bool[Tensor, "batch pos 1"]:
-    if at is None:
-        return torch.ones_like(state[..., :1], dtype=torch.bool)
-    if at.shape != state.shape[:2]:
-        raise ValueError(f"at has shape {tuple(at.shape)}, the states have [batch, pos] = {tuple(state.shape[:2])}.")
-    return at.to(state.device).bool()[..., None]
-
-
 def _changed(effect: Effect, model: LoopedModel, states: Sequence[Tensor], depth: int, context: Context,
              other: Int[Tensor, "batch"]) -> Float[Tensor, "batch pos d_model"] | None:
     """The state after a layer that was changed, or None where the effect is not defined."""
@@ -309,16 +245,6 @@ def _changed(effect: Effect, model: LoopedModel, states: Sequence[Tensor], depth
     if topology.unrolled()[depth][1] in (None, 0) or earlier < topology.n_head:
         return None
     return before + states[earlier + 1] - states[earlier]
-
-
-def _each(model: LoopedModel, depth: int, versions: Float[Tensor, "version batch pos d_model"], context: Context,
-          judge: Callable[[Tensor, Tensor], Tensor], rows: int) -> Float[Tensor, "measure version batch"]:
-    """What ``judge`` says of the answers when each version of the state enters a depth."""
-    n_versions, n = versions.shape[:2]
-    flat, parts = versions.flatten(0, 1), []
-    for some in torch.arange(len(flat)).split(rows):
-        parts.append(judge(model.resume(depth, flat[some.to(flat.device)], context.rows(some % n)), some % n))
-    return torch.cat(parts, -1).unflatten(-1, (n_versions, n))
 
 
 def _once(metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:

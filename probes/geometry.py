@@ -60,7 +60,7 @@ def dynamics(residual: xr.DataArray, topology: Topology, *, fixed_point: xr.Data
     Sources: 2509.23314 (steps), 2604.11791 (fixed point). Raises ValueError if the shapes do not belong together, or
     states are not finite.
     """
-    x = _cycle(residual, topology)
+    x = states_by_loop(residual, topology)
     step = np.diff(x, axis=0)
     unit_step = np.diff(_ratio(x, _norm(x)[..., None]), axis=0)
     values = {"step_norm": _norm(step), "step_relative": _ratio(_norm(step), _norm(x[:-1])),
@@ -70,7 +70,7 @@ def dynamics(residual: xr.DataArray, topology: Topology, *, fixed_point: xr.Data
         target = _matching(fixed_point, x, topology)
         apart = _norm(x - target)
         values["distance_to_fixed_point"] = np.where(apart > 0, _ratio(apart, _norm(target)), 0.0)
-    coords = _cycle_coords(residual, topology)
+    coords = cycle_coords(residual, topology)
     return xr.Dataset({
         name: measurement(_from_loop(value, topology.n_loops), ("loop", "layer", "batch", "pos"), units="1",
                           long_name=_DYNAMICS[name][0], definition=_DYNAMICS[name][1], source=_DYNAMICS[name][2],
@@ -200,7 +200,7 @@ def classify_tokens(residual: xr.DataArray, topology: Topology, *, fixed_point: 
     if topology.n_loops < needed:
         raise ValueError(f"a window of {window} loops and periods up to {max_period} need a recording of at least "
                          f"{needed} loops, this one has {topology.n_loops}: record more, or lower them.")
-    x = _cycle(residual, topology)
+    x = states_by_loop(residual, topology)
     if fixed_point is not None:
         seen, target = x[-window:], _matching(fixed_point, x, topology)[None]
     else:
@@ -216,7 +216,7 @@ def classify_tokens(residual: xr.DataArray, topology: Topology, *, fixed_point: 
         back = _likeness(x[-window:], x[-window - p:len(x) - p])
         period = np.where((period == 0) & ((back >= threshold) & (back > before)).all(0), p, period)
     token_class = np.select([rest, direction, period > 1], [3, 2, 1], 0)
-    coords = {name: c for name, c in _cycle_coords(residual, topology).items() if name != "loop"}
+    coords = {name: c for name, c in cycle_coords(residual, topology).items() if name != "loop"}
     rule = (f"direction settled: cos(X_k, X*) ≥ {threshold} in the last {window} loops; state settled: moreover "
             f"‖X_k − X*‖ ≤ {(2 - 2 * threshold) ** 0.5:.2g} ‖X*‖ there, and no steady growth; cyclic: "
             f"cos(X_k, X_(k−p)) ≥ {threshold} and above cos(X_k, X_(k−1)) there for a p in 2..{max_period}; drifting: "
@@ -298,7 +298,7 @@ def matrix_entropy(x: xr.DataArray, *, over: tuple[str, ...] = ("batch", "pos"))
 
 # ---------------------------------------------------------------------- private
 
-def _cycle(residual: xr.DataArray, topology: Topology) -> Shaped[np.ndarray, "loop layer batch pos d_model"]:
+def states_by_loop(residual: xr.DataArray, topology: Topology) -> Shaped[np.ndarray, "loop layer batch pos d_model"]:
     """The looped layers' states, loop by loop."""
     if residual.sizes.get("depth") != topology.depth:
         raise ValueError(f"the residual stream has {residual.sizes.get('depth')} depths and the topology "
@@ -309,7 +309,7 @@ def _cycle(residual: xr.DataArray, topology: Topology) -> Shaped[np.ndarray, "lo
     return x.reshape(topology.n_loops, topology.n_mid, *x.shape[1:])
 
 
-def _cycle_coords(residual: xr.DataArray, topology: Topology) -> dict[Any, Any]:
+def cycle_coords(residual: xr.DataArray, topology: Topology) -> dict[Any, Any]:
     kept = {name: c for name, c in residual.coords.items() if c.dims and set(c.dims) <= {"batch", "pos"}}
     return {"loop": np.arange(topology.n_loops), "layer": topology.n_head + np.arange(topology.n_mid), **kept}
 
