@@ -33,12 +33,15 @@ def intrinsic_dimension(residual: xr.DataArray, *, max_points: int = 2000, seed:
     check_finite(x, "the residual stream")
     n = min(x.shape[1], max(4, max_points // x.shape[2]))
     chosen = np.sort(np.random.default_rng(seed).permutation(x.shape[1])[:n])
-    parts = [jackknife(lambda index, states=states: np.array(_two_nn(states[index].reshape(-1, x.shape[-1]))), n, seed=seed)
-             for states in x[:, chosen]]
+
+    def statistic(index: np.ndarray) -> np.ndarray:
+        return np.array([_two_nn(states[index].reshape(-1, x.shape[-1])) for states in x[:, chosen]])
+
+    parts = zip(("value", "low", "high"), jackknife(statistic, n, seed=seed), strict=True)
     coords: dict[Any, Any] = {name: c for name, c in residual.coords.items() if c.dims == ("depth",)}
-    return xr.Dataset({name: measurement(np.array([part[i] for part in parts]), ("depth",), units="1", source=SOURCE,
-                                         long_name="intrinsic dimension", definition="N / Σ log(r₂/r₁)", coords=coords)
-                       for i, name in enumerate(("value", "low", "high"))}, attrs={"points": n * x.shape[2]})
+    return xr.Dataset({name: measurement(value, ("depth",), units="1", source=SOURCE, long_name="intrinsic dimension",
+                                         definition="N / Σ log(r₂/r₁)", coords=coords) for name, value in parts},
+                      attrs={"points": n * x.shape[2]})
 
 
 def _two_nn(points: np.ndarray) -> float:

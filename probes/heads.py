@@ -68,8 +68,8 @@ def head_kinds(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None
                 (name, packed[..., i], long_name, "position" if name == "distance" else "probability", formula),
                 (f"{name}_over_chance", ratio, f"{long_name}, relative to chance", "1",
                  f"({formula}) ÷ its value under attention that is the same for all keys")):
-            variables[key] = measurement(value, ("depth", "head", "example"), long_name=label, units=unit, coords=coords,
-                                         definition=f"{rule}; mean over queries that have such a key",
+            variables[key] = measurement(value, ("depth", "head", "example"), long_name=label, units=unit,
+                                         definition=f"{rule}; mean over queries that have such a key", coords=coords,
                                          source="arXiv 2209.11895; arXiv 1905.09418")
     variables["stability"] = measurement(packed[..., -1], ("depth", "head", "example"), coords=coords, units="1",
                                          long_name="overlap with the pattern one loop earlier",

@@ -172,7 +172,7 @@ def jackknife(statistic: Callable[[Int[np.ndarray, "example"]], Float[np.ndarray
     value = np.asarray(statistic(np.arange(n)))
     left = np.stack([statistic(np.sort(np.delete(order, np.arange(i, n, g)))) for i in range(g)])
     half = 1.959964 * np.sqrt((g - 1) / g * np.square(left - left.mean(0)).sum(0))
-    return value, value - half, value + half
+    return value, np.asarray(value - half), np.asarray(value + half)
 
 
 # ------------------------------------------------------------------------ tests

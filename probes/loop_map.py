@@ -11,6 +11,7 @@ and radius 1, and its exponent is 0.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -149,7 +150,8 @@ class _Map:
         with torch.enable_grad(), _differentiable(model):
             self.leaf = self.state.clone().requires_grad_()
             self.end = model.walk(self.leaf, context, start, stop)
-            if not self.end.requires_grad:
+            if not self.end.requires_grad or torch.autograd.grad(self.end.sum(), self.leaf, retain_graph=True,
+                                                                 allow_unused=True)[0] is None:
                 raise Unavailable(f"{model.name} runs its layers without gradients, under torch.no_grad() in its own "
                                   "code: no Jacobian can be had. What needs none is not affected: contraction, "
                                   "settling times, the line search.")
@@ -170,11 +172,16 @@ class _Map:
 @contextmanager
 def _differentiable(model: LoopedModel) -> Iterator[None]:
     """Attention as plain products, of which both derivatives are known; a clear error for other operations."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)   # torch's own forward rules
             yield
     except NotImplementedError as error:
         raise Unavailable(f"{model.name} runs an operation without forward derivatives: {error}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _start(state: Tensor, seed: int) -> Tensor:

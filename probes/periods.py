@@ -31,10 +31,10 @@ def periods(residual: xr.DataArray, topology: Topology, *, skip: int = 0) -> xr.
     All are NaN where the state is on a straight line to rounding (1e-4 of its length): there is nothing that could
     turn. Raises ValueError for fewer than 6 loops and states that are not finite.
     """
-    x = states_by_loop(residual, topology)[skip:]                                    # [loop, layer, batch, pos, d_model]
+    x = states_by_loop(residual, topology)[skip:]
     if len(x) < LEAST_LOOPS or skip < 0:
         raise ValueError(f"a period takes at least {LEAST_LOOPS} loops, and {max(len(x), 0)} are left: run more.")
-    path = np.moveaxis(x, 0, -2).astype(np.float64)                                  # [layer, batch, pos, loop, d_model]
+    path = np.moveaxis(x, 0, -2).astype(np.float64)                        # [layer, batch, pos, loop, d_model]
     rest = _detrended(path)
     straight = np.linalg.norm(rest, axis=(-1, -2)) <= 1e-4 * np.linalg.norm(path - path[..., :1, :], axis=(-1, -2))
     frequency, power = _peak(rest)
@@ -44,8 +44,9 @@ def periods(residual: xr.DataArray, topology: Topology, *, skip: int = 0) -> xr.
     values = {"period": (1 / frequency, "dominant period", "loop"), "power": (power, "share of the motion in it", "1"),
               "chance_power": (np.mean(shuffled, 0), "share, for the same steps in random order", "1"),
               "winding": (_turns(path), "turns about the centre", "turn")}
+    coords = {name: coord for name, coord in cycle_coords(residual, topology).items() if name != "loop"}
     return xr.Dataset({name: measurement(np.where(straight, np.nan, value), ("layer", "batch", "pos"), units=units,
-                                         long_name=long_name, source=SOURCE, coords=cycle_coords(residual, topology),
+                                         long_name=long_name, source=SOURCE, coords=coords,
                                          definition="of the state after a layer over loops, less its line of best fit")
                        for name, (value, long_name, units) in values.items()},
                       attrs={"n_loops": topology.n_loops, "skip": skip})
