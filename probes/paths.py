@@ -48,6 +48,7 @@ def path_effects(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "ba
         n, topology = len(states[0]), context.topology
         if how == "mean" and n < 2:
             raise ValueError("mean takes what a loop adds for other examples, and there is one: give more.")
+        check_finite(logits, "the model's answer", ruled_out=True)
         judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
         loops = topology.loop_depths()
         inside = [(depths[0], depths[-1] + 1) for depths in loops]
@@ -97,6 +98,7 @@ def head_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "batch
         n = len(states[0])
         if n < 2 and how != "zero":
             raise ValueError(f"{how} takes what a head says for other examples, and there is one: give more.")
+        check_finite(logits, "the model's answer", ruled_out=True)
         judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
         other, parts = derangement(n, seed), []
         for depth, site in enumerate(sites):

@@ -50,6 +50,7 @@ def line_search(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
             raise ValueError("the best step of an example is judged by the others, and there is one: give more.")
         for state in states:
             check_finite(state, "the residual stream")
+        check_finite(logits, "the model's answer", ruled_out=True)
         judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
         loops, found = context.topology.loop_depths(), []
         tail = context.topology.depth - context.topology.n_tail
@@ -106,6 +107,7 @@ def basins(model: LoopedModel, inputs: Inputs, *, sizes: Sequence[float] = (0.01
         exits = [depths[-1] + 1 for depths in loops]
         path = torch.stack([states[depth] for depth in exits])                     # [loop, example, pos, d_model]
         check_finite(path, "the residual stream")
+        check_finite(logits, "the model's answer", ruled_out=True)
         entry, answer, n = states[loops[0][0]], logits.argmax(-1), len(logits)
         generator = torch.Generator().manual_seed(seed)
         agreement, distance, settling = [], [], []

@@ -16,8 +16,8 @@ from jaxtyping import TypeCheckError
 from hooks import LoopMDMConfig
 from hooks.model.diffusion import SamplerConfig, nelbo
 from hooks.model.layers import attend
-from probes import ridge_probes
 from probes.intervals import Resampling
+from probes.linear.solvers import ridge
 from studies.tasks import Automaton, Batch
 from tests.small import MASK, small_model, small_tokens
 
@@ -44,9 +44,8 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nelbo(torch.zeros(2, 5, 7), small_tokens(2, 4), small_tokens(2, 4), torch.ones(2), MASK), "tokens"),
     "an axis too few": (lambda: TASK.score(torch.zeros(15, dtype=torch.long), TASK.sample(1, seed=0)), "predicted"),
     "an axis too many": (lambda: TASK.regions() is TASK.decode(torch.zeros(1, 15, dtype=torch.long)), "tokens"),
-    "floats for whole numbers": (
-        lambda: ridge_probes(torch.randn(1, 4, 2), torch.zeros(4), 2, train=torch.tensor([True, True, False, False])),
-        "labels"),
+    "whole numbers for floats": (
+        lambda: ridge(torch.randn(1, 4, 2), torch.zeros(4, 1, dtype=torch.long)), "y"),
     "an array for a tensor": (lambda: attend(*(np.zeros((1, 1, 2, 4), dtype=np.float32),) * 3), "q"),  # type: ignore
     "a tensor for an array": (lambda: Resampling((3,)).mean(torch.zeros(3, 2)), "values"),
     "a method of a model": (lambda: small_model().begin(small_tokens()[0]), "tokens"),

@@ -267,6 +267,13 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         groups = task.regions().masked_fill(~(latent.values >= 0).any(0), -1)
         return probe_latent(model, hidden, latent.values, latent.n_classes, n_loops=2, groups=groups)
 
+    def linear() -> dict[str, Any]:
+        features, labels = torch.randn(4, 40, 3), torch.arange(40) % 2
+        return {"features": features[0].numpy(),
+                "list_of_features": features, "other_features": features[1].numpy(), "other_labels": labels.numpy(),
+                "example": np.arange(40) // 4, "labels": base["tokens"] % 2 if path.endswith("__init__.py") else labels,
+                "n_classes": 2, "groups": torch.zeros(noised.shape[1], dtype=torch.long)}
+
     residual = rec.residual_stream
     ablations, longer, claims = (stored[name] for name in (
         "ablations-automaton", "length_generalization-automaton", "claims-automaton"))
@@ -302,6 +309,13 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
                                           "x": torch.zeros(1, 3, model.config.d_model), "rotary": model.rotary(3)},
         "hooks/model/loopmdm.py": lambda: {"tokens": base["tokens"][:, :96]},
         "hooks/store.py": lambda: {"config": SamplerConfig(n_steps=4, n_loops=2)},
+        "probes/answers.py": lambda: {"run": model.run(noised, 2), "tokens": base["tokens"], "depth": 2,
+                                      "versions": torch.stack(model.run(noised, 2).states[:2])},
+        "probes/heads.py": lambda: {"trace": [SimpleNamespace(before=noised)] * 2},
+        "probes/linear/__init__.py": linear,
+        "probes/linear/estimators.py": linear,
+        "probes/linear/solvers.py": lambda: {
+            "x": torch.randn(2, 40, 3), "y": nn.functional.one_hot(torch.arange(40) % 6).float()},
         "probes/cycles.py": lambda: {"deep_twin": HookedLoopMDM(replace(model.config, n_loop_layers=4, max_loops=1))},
         "probes/geometry.py": lambda: {"fixed_point": fixed_point},
         "probes/lenses/base.py": lambda: dict(zip(("state", "context"), model.enter(noised[:3], 2), strict=True)),

@@ -1,7 +1,8 @@
 """Linear probes: which variables can be read off the residual stream, at which layer and loop.
 
     found = probe_latent(model, noised, labels, n_classes, n_loops=8, groups=groups)     # (depth, group)
-    probe = LogisticProbe(C=[0.01, 0.1, 1.0]).fit(features, labels, groups=example)      # a scikit-learn estimator
+    features, depths, topology = site_features(model, noised, n_loops=8)                 # [point, d_model] per depth
+    probes = LogisticProbe(C=[0.01, 1.0]).fit_sites(features, labels.flatten())          # probes.probe(3): an estimator
 """
 
 from probes.linear.description_length import online_code

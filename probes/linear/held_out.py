@@ -14,7 +14,7 @@ from probes.intervals import LEVEL, Resampling
 N_RESAMPLES = 1000
 
 
-class Estimate(NamedTuple):
+class Ratio(NamedTuple):
     """A value per site with its 95% percentile interval over resampled examples."""
 
     value: Float[np.ndarray, "*site"]
@@ -34,7 +34,7 @@ def held_out(n: int, fraction: float, seed: int) -> Bool[Tensor, "batch"]:
 
 
 def ratio(total: Float[np.ndarray, "example *site"], count: Float[np.ndarray, "example *#site"], *,
-          seed: int = 0) -> Estimate:
+          seed: int = 0) -> Ratio:
     """Σ total ÷ Σ count over examples: a mean over points, of which an example may have several or none.
 
     An interval has no width where every example says the same.
@@ -46,4 +46,4 @@ def ratio(total: Float[np.ndarray, "example *site"], count: Float[np.ndarray, "e
     tail = (1 - LEVEL) / 2
     known = np.isfinite(value)
     low, high = np.nanquantile(np.where(known, draws, 0.0), [tail, 1 - tail], axis=0)
-    return Estimate(value, np.where(known, low, np.nan), np.where(known, high, np.nan))
+    return Ratio(value, np.where(known, low, np.nan), np.where(known, high, np.nan))
