@@ -198,11 +198,12 @@ def test_nan_weights_are_an_error_that_says_so(name: str, where: str) -> None:
         PROBES[name](model, tokens)
 
 
-NEED_MORE = {"probe_latent": "give more examples", "probe_values": "give more examples",
-             "transfer": "give more examples", "probe_loop": "give more examples", "online_code": "portions must grow to 1 and split 1 examples",
-             "line_search": "there is one: give more", "between_depths": "at least 5",
-             "intrinsic_dimension": "at least 4", "exchange": "at least two examples",
-             "gains": "at least two examples", "responses": "there is 1"}
+NEED_MORE = {
+    "probe_latent": "give more examples", "probe_values": "give more examples", "transfer": "give more examples",
+    "probe_loop": "give more examples", "online_code": "portions must grow to 1 and split 1 examples",
+    "line_search": "there is one: give more", "between_depths": "at least 5", "intrinsic_dimension": "at least 4",
+    "exchange": "at least two examples", "gains": "at least two examples", "responses": "there is 1",
+}
 
 
 @pytest.mark.parametrize("name", PROBES)
