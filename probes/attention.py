@@ -13,8 +13,8 @@ holds whole patterns, for a picture.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -71,8 +71,7 @@ def patterns(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None, 
     sites = [model.attention(depth, n_loops=n_loops) for depth in depths]
     _, rec = model.run_with_cache(inputs, n_loops, names_filter=sites, t=t)
     value = torch.stack([pattern_at(rec, site) for site in sites])
-    coords: dict[Hashable, Any] = {name: (coord[0], coord[1][depths]) if isinstance(coord, tuple) else coord[depths]
-                                   for name, coord in depth_coords(topology).items()}
+    coords = depth_coords(topology, depths)
     coords["batch"] = np.arange(value.shape[1]) if batch is None else np.asarray(batch)
     return measurement(value, ("depth", "batch", "head", "query", "key"), long_name="attention pattern",
                        units="probability", definition="A = softmax(q kᵀ / √d_head) over keys", coords=coords,

@@ -33,7 +33,7 @@ from hooks.topology import Topology
 from probes.answers import ROWS, Judge, asked, changes, of_versions, places
 from probes.batching import derangement
 from probes.gradients import differentiable_states
-from probes.measurement import check_finite, depth_coords, mean_over_positions, measurement
+from probes.measurement import check_run, depth_coords, mean_over_positions, measurement
 
 Effect = Literal["skip", "mean", "resample", "repeat", "freeze"]
 
@@ -77,14 +77,13 @@ def causal_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
     if unknown := set(effects) - set(EFFECTS):
         raise ValueError(f"no effects are called {', '.join(sorted(unknown))}; there are {', '.join(EFFECTS)}.")
     with model.exclusive():
-        states, logits, context = model.run(inputs, n_loops, t=t)
+        run = model.run(inputs, n_loops, t=t)
+        check_run(run)
+        states, logits, context = run
         n = len(states[0])
         if n < 2 and {"mean", "resample"} & set(effects):
             raise ValueError("mean and resample take what a layer adds for other examples, and there is one: give "
                              "more, or effects=….")
-        for state in states:
-            check_finite(state, "the residual stream")
-        check_finite(logits, "the model's answer", ruled_out=True)
         judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
         where = places(at, states[0])
         other = derangement(n, seed)

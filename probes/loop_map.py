@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hooks.contract import Context, Inputs, Levels, LoopedModel, Unavailable
-from probes.measurement import check_finite, measurement
+from probes.measurement import check_run, measurement
 
 SPECTRUM = "power iteration on JᵀJ (norm) and on J (radius), Golub & Van Loan 2013, sections 7.3 and 8.2"
 LYAPUNOV = "singular values of the run's Jacobian, Oseledets 1968; Eckmann & Ruelle 1985"
@@ -129,13 +129,13 @@ def lyapunov(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None, 
 
 @torch.no_grad()
 def _run(model: LoopedModel, inputs: Inputs, n_loops: int | None, t: Levels) -> tuple[tuple[Tensor, ...], Context]:
-    states, _, context = model.run(inputs, n_loops, t=t)
-    for state in states:
-        check_finite(state, "the residual stream")
+    run = model.run(inputs, n_loops, t=t)
+    check_run(run, answer=False)
+    states = run.states
     if states[0].dtype not in (torch.float, torch.double):
         raise Unavailable(f"{model.name} runs in {str(states[0].dtype).removeprefix('torch.')}, whose rounding is "
                           "larger than the differences that a Jacobian is about: convert it with .float() first.")
-    return states, context
+    return states, run.context
 
 
 class _Map:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks import Topology
+from hooks.contract import Forward
 
 
 def measurement(values: Tensor | np.ndarray | Sequence[Any], dims: Sequence[str], *, long_name: str, units: str,
@@ -42,6 +43,14 @@ def check_finite(values: Tensor | np.ndarray, what: str, *, ruled_out: bool = Fa
     if not fine:
         raise ValueError(f"{what} holds NaN or infinite values: NaN or infinite weights or inputs, or a loop that "
                          "blows up. Nothing can be measured there.")
+
+
+def check_run(run: Forward, *, answer: bool = True) -> None:
+    """Raise ValueError unless every state of a forward, and its ``answer``, is finite (see `check_finite`)."""
+    for state in run.states:
+        check_finite(state, "the residual stream")
+    if answer:
+        check_finite(run.logits, "the model's answer", ruled_out=True)
 
 
 def mean_over_positions(values: Float[Tensor, "row pos"], where: Bool[Tensor, "row pos"]) -> Float[Tensor, "row"]:

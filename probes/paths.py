@@ -17,7 +17,7 @@ from torch import Tensor
 from hooks.contract import Inputs, Levels, LoopedModel, Unavailable
 from probes.answers import ROWS, Judge, asked, changes, of_versions
 from probes.batching import derangement
-from probes.measurement import check_finite, depth_coords
+from probes.measurement import check_run, depth_coords
 
 DIRECT = "answer"
 """The receiver that is no loop: what the tail and the readout make of an update themselves."""
@@ -42,13 +42,12 @@ def path_effects(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "ba
     if how not in ("zero", "mean"):
         raise ValueError(f"how must be zero or mean, not {how!r}.")
     with model.exclusive():
-        states, logits, context = model.run(inputs, n_loops, t=t)
-        for state in states:
-            check_finite(state, "the residual stream")
+        run = model.run(inputs, n_loops, t=t)
+        check_run(run)
+        states, logits, context = run
         n, topology = len(states[0]), context.topology
         if how == "mean" and n < 2:
             raise ValueError("mean takes what a loop adds for other examples, and there is one: give more.")
-        check_finite(logits, "the model's answer", ruled_out=True)
         judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
         loops = topology.loop_depths()
         inside = [(depths[0], depths[-1] + 1) for depths in loops]
@@ -93,17 +92,17 @@ def head_scan(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "batch
     except ValueError as error:
         raise Unavailable(f"{model.name} has no site attn.hook_z, the output of single heads: {error}") from None
     with model.exclusive():
-        states, logits, context = model.run(inputs, n_loops, t=t)
+        run = model.run(inputs, n_loops, t=t)
+        check_run(run)
+        states, logits, context = run
         _, recording = model.run_with_cache(inputs, n_loops, names_filter=sites, t=t)
         n = len(states[0])
         if n < 2 and how != "zero":
             raise ValueError(f"{how} takes what a head says for other examples, and there is one: give more.")
-        check_finite(logits, "the model's answer", ruled_out=True)
         judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
         other, parts = derangement(n, seed), []
         for depth, site in enumerate(sites):
             z = recording[site]                                                     # [example, pos, head, d_head]
-            check_finite(z, "a head's output")
             instead = {"zero": torch.zeros_like(z), "mean": z.mean(0, keepdim=True).expand_as(z),
                        "resample": z[other.to(z.device)]}[how]
             versions = []

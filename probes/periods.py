@@ -64,13 +64,8 @@ def _peak(rest: Float[np.ndarray, "*place loop d_model"]) -> tuple[np.ndarray, n
     fine = np.square(np.abs(np.fft.rfft(rest, 16 * n, axis=-2))).sum(-1)[..., 1:]
     index = fine.argmax(-1)
     bins = np.square(np.abs(np.fft.rfft(rest, axis=-2))).sum(-1)[..., 1:]
-    near = np.rint((index + 1) / 16).astype(int).clip(1, bins.shape[-1])[..., None] - 1
-    around = np.zeros_like(bins)
-    for offset in (-1, 0, 1):                                                        # a peak between bins is in both
-        place = near + offset
-        inside = (place >= 0) & (place < bins.shape[-1])
-        np.put_along_axis(around, place.clip(0, bins.shape[-1] - 1),
-                          np.where(inside, 1.0, np.take_along_axis(around, place.clip(0, bins.shape[-1] - 1), -1)), -1)
+    near = np.rint((index + 1) / 16).clip(1, bins.shape[-1])[..., None]
+    around = np.abs(np.arange(1, bins.shape[-1] + 1) - near) <= 1                    # a peak between bins is in both
     total = bins.sum(-1)
     return (index + 1) / (16 * n), (bins * around).sum(-1) / np.where(total > 0, total, 1.0)
 

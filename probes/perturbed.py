@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooks.contract import Context, Inputs, Levels, LoopedModel
 from probes.answers import ROWS, Judge, asked, of_versions
-from probes.measurement import check_finite, mean_over_positions, measurement
+from probes.measurement import check_run, mean_over_positions, measurement
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Step sizes that `line_search` tries: 0 stays, 1 is the loop's own step."""
@@ -44,13 +44,11 @@ def line_search(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
     if 1.0 not in tried or len(tried) < 2:
         raise ValueError(f"alphas must hold 1, the loop's own step, and another; not {tuple(alphas)}.")
     with model.exclusive():
-        states, logits, context = model.run(inputs, n_loops, t=t)
-        n = len(states[0])
-        if n < 2:
+        run = model.run(inputs, n_loops, t=t)
+        check_run(run)
+        states, logits, context = run
+        if len(logits) < 2:
             raise ValueError("the best step of an example is judged by the others, and there is one: give more.")
-        for state in states:
-            check_finite(state, "the residual stream")
-        check_finite(logits, "the model's answer", ruled_out=True)
         judge = Judge(logits, *asked(model, inputs, logits, targets, scored))
         loops, found = context.topology.loop_depths(), []
         tail = context.topology.depth - context.topology.n_tail
@@ -65,7 +63,6 @@ def line_search(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
     taken = torch.gather(nll, 1, others[:, None])[:, 0]
     alpha = torch.tensor(tried, dtype=torch.double)
     undefined = nll[:, 0].isnan()
-    coords = {"loop": np.arange(len(loops)), "alpha": tried}
     definition = "coda lens of X_k + α (X_(k+1) − X_k), mean over scored positions"
     named = {"nll": (nll, "NLL after a step of another size", "nat", ("loop", "alpha", "example")),
              "best": (alpha[best].masked_fill(undefined, torch.nan), "best step size", "1", ("loop", "example")),
@@ -74,10 +71,9 @@ def line_search(model: LoopedModel, inputs: Inputs, *, targets: Int[Tensor, "bat
              "gain_of_all": (nll[:, own] - taken, "NLL saved by the step size that is best on the other examples",
                              "nat", ("loop", "example"))}
     return xr.Dataset({name: measurement(value, dims, long_name=long_name, units=units, definition=definition,
-                                         source="arXiv 2609.16665",
-                                         coords={axis: coords[axis] for axis in dims if axis in coords})
+                                         source="arXiv 2609.16665")
                        for name, (value, long_name, units, dims) in named.items()},
-                      attrs={"n_loops": context.topology.n_loops})
+                      {"loop": np.arange(len(loops)), "alpha": tried}, {"n_loops": context.topology.n_loops})
 
 
 @torch.no_grad()
@@ -99,16 +95,16 @@ def basins(model: LoopedModel, inputs: Inputs, *, sizes: Sequence[float] = (0.01
     if not sizes or min(sizes) <= 0 or n_starts < 1:
         raise ValueError(f"sizes must be above 0 and n_starts at least 1, not {tuple(sizes)} and {n_starts}.")
     with model.exclusive():
-        states, logits, context = model.run(inputs, n_loops, t=t)
+        run = model.run(inputs, n_loops, t=t)
+        check_run(run)
+        states, logits, context = run
         loops = context.topology.loop_depths()
         if len(loops) < 2:
             raise ValueError(f"settling takes at least two loops; {model.name} runs {len(loops)} here.")
         where = (model.scored(inputs) if scored is None else scored).to(logits.device)
         exits = [depths[-1] + 1 for depths in loops]
         path = torch.stack([states[depth] for depth in exits])                     # [loop, example, pos, d_model]
-        check_finite(path, "the residual stream")
-        check_finite(logits, "the model's answer", ruled_out=True)
-        entry, answer, n = states[loops[0][0]], logits.argmax(-1), len(logits)
+        entry, answer = states[loops[0][0]], logits.argmax(-1)
         generator = torch.Generator().manual_seed(seed)
         agreement, distance, settling = [], [], []
         for size in sizes:
@@ -121,7 +117,6 @@ def basins(model: LoopedModel, inputs: Inputs, *, sizes: Sequence[float] = (0.01
                 distance.append(_relative(moved, path).mean(-1))
                 settling.append(_settling(moved))
     shape = (len(sizes), n_starts)
-    coords = {"size": list(sizes), "start": np.arange(n_starts), "loop": np.arange(len(loops))}
     place = ("size", "start", "example")
     named = {"agreement": (torch.stack(agreement).unflatten(0, shape), "share of answers that are the run's own", "1",
                            place),
@@ -132,10 +127,10 @@ def basins(model: LoopedModel, inputs: Inputs, *, sizes: Sequence[float] = (0.01
              "own_settling": (_settling(path), "loops until the run itself has settled", "loop", ("example",))}
     definition = f"from X_0 + size · ‖X_0‖ · u; settled: within {SETTLED:.0%} of its own last state"
     return xr.Dataset({name: measurement(value, dims, long_name=long_name, units=units, definition=definition,
-                                         source="arXiv 2609.04963",
-                                         coords={axis: coords[axis] for axis in dims if axis in coords})
+                                         source="arXiv 2609.04963")
                        for name, (value, long_name, units, dims) in named.items()},
-                      attrs={"n_loops": context.topology.n_loops, "seed": seed, "examples": n})
+                      {"size": list(sizes), "start": np.arange(n_starts), "loop": np.arange(len(loops))},
+                      {"n_loops": context.topology.n_loops, "seed": seed})
 
 
 # -------------------------------------------------------------------------------------- private

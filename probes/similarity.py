@@ -48,14 +48,8 @@ def cka_between_depths(residual: xr.DataArray, other: xr.DataArray | None = None
     the same tokens. 0 where the states of a depth are all the same. Raises ValueError if the two hold different
     examples, there are too few of them, or states are not finite.
     """
-    other = residual if other is None else other
-    x, y = (r.transpose("depth", "batch", "pos", "d_model").to_numpy() for r in (residual, other))
-    if x.shape[1:3] != y.shape[1:3]:
-        raise ValueError(f"the two recordings hold {x.shape[1:3]} and {y.shape[1:3]} examples × positions: "
-                         "run both models on the same tokens.")
+    x, y, coords = _paired(residual, other)
     x, y = (v.reshape(len(v), -1, v.shape[-1]) for v in (x, y))
-    coords: dict[Hashable, Any] = {name: c for name, c in residual.coords.items() if c.dims == ("depth",)}
-    coords |= {f"{name}_b": ("depth_b", c.to_numpy()) for name, c in other.coords.items() if c.dims == ("depth",)}
     return _described(_cka(x, y, unbiased), ("depth", "depth_b"), unbiased, coords)
 
 
@@ -91,11 +85,8 @@ def between_depths(residual: xr.DataArray, other: xr.DataArray | None = None, *,
     if kind not in KINDS or units not in ("example", "position"):
         raise ValueError(f"kind must be one of {', '.join(KINDS)} and units example or position, not {kind!r} and "
                          f"{units!r}.")
-    other = residual if other is None else other
-    x, y = (r.transpose("depth", "batch", "pos", "d_model").to_numpy().astype(np.float64) for r in (residual, other))
-    if x.shape[1:3] != y.shape[1:3]:
-        raise ValueError(f"the two recordings hold {x.shape[1:3]} and {y.shape[1:3]} examples × positions: "
-                         "run both models on the same tokens.")
+    x, y, coords = _paired(residual, other)
+    x, y = x.astype(np.float64), y.astype(np.float64)
     if x.shape[1] < 5:
         raise ValueError(f"likeness over examples takes at least 5 of them, not {x.shape[1]}.")
     if kind == "cosine" and x.shape[-1] != y.shape[-1]:
@@ -114,8 +105,6 @@ def between_depths(residual: xr.DataArray, other: xr.DataArray | None = None, *,
         return _procrustes(a, b) if kind == "procrustes" else _cosines(a, b)
 
     long_name, formula, source = KINDS[kind]
-    coords: dict[Hashable, Any] = {name: c for name, c in residual.coords.items() if c.dims == ("depth",)}
-    coords |= {f"{name}_b": ("depth_b", c.to_numpy()) for name, c in other.coords.items() if c.dims == ("depth",)}
     parts = zip(("value", "low", "high"), jackknife(statistic, x.shape[1], seed=seed), strict=True)
     return xr.Dataset({name: measurement(value, ("depth", "depth_b"), long_name=long_name, units="1", source=source,
                                          definition=f"{formula}; 95% interval: delete-a-group jackknife over examples",
@@ -126,6 +115,20 @@ CONSTANT = 1e-12
 """Deviations from the mean, relative to the largest value, below which states are the same in all examples."""
 
 # ---------------------------------------------------------------------- private
+
+def _paired(residual: xr.DataArray, other: xr.DataArray | None,
+            ) -> tuple[Shaped[np.ndarray, "a example pos d_x"], Shaped[np.ndarray, "b example pos d_y"],
+                       dict[Hashable, Any]]:
+    """The states of two recordings of the same examples (or one twice), and coordinates of (depth, depth_b)."""
+    other = residual if other is None else other
+    x, y = (r.transpose("depth", "batch", "pos", "d_model").to_numpy() for r in (residual, other))
+    if x.shape[1:3] != y.shape[1:3]:
+        raise ValueError(f"the two recordings hold {x.shape[1:3]} and {y.shape[1:3]} examples × positions: "
+                         "run both models on the same tokens.")
+    coords: dict[Hashable, Any] = {name: c for name, c in residual.coords.items() if c.dims == ("depth",)}
+    coords |= {f"{name}_b": ("depth_b", c.to_numpy()) for name, c in other.coords.items() if c.dims == ("depth",)}
+    return x, y, coords
+
 
 def _described(values: np.ndarray, dims: tuple[str, ...], unbiased: bool, coords: dict[Hashable, Any]) -> xr.DataArray:
     definition = ("HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)) with linear kernels over examples, "

@@ -29,7 +29,7 @@ from hooks.topology import Topology
 from hooks.writing import written_whole
 from probes.batching import in_chunks, select_examples
 from probes.lenses.base import Lens, divergence
-from probes.measurement import check_finite, depth_coords, mean_over_positions, measurement
+from probes.measurement import check_run, depth_coords, mean_over_positions, measurement
 
 SPLIT = (0.7, 0.15, 0.15)
 """Shares of the examples to fit on, to stop on, and to judge on."""
@@ -152,8 +152,7 @@ class Fit:
         for some, some_t, rows in in_chunks(self.model, inputs, t, size=self.rows):
             with torch.no_grad():
                 run = self.model.run(some, self.n_loops, t=some_t)
-            for state in run.states:
-                check_finite(state, "the residual stream")
+            check_run(run, answer=False)
             yield part[rows], run
 
     def no_scores(self) -> xr.Dataset:

@@ -21,7 +21,7 @@ from torch import Tensor
 from hooks.contract import Forward, Inputs, Levels, LoopedModel
 from hooks.topology import Topology
 from probes.lenses.base import CodaLens, Lens, LogitLens, divergence
-from probes.measurement import check_finite, depth_coords, measurement
+from probes.measurement import check_run, depth_coords, measurement
 
 LensKind = Literal["logit", "coda"]
 
@@ -134,9 +134,7 @@ def _run(model: LoopedModel, inputs: Inputs, n_loops: int | None, t: Levels, len
     targets = model.targets(inputs) if targets is None else targets
     lens.check(model, model.topology(n_loops))
     run = model.run(inputs, n_loops, t=t)
-    for state in run.states:
-        check_finite(state, "the residual stream")
-    check_finite(run.logits, "the model's answer", ruled_out=True)
+    check_run(run)
     _check(model, run.logits, targets, top_k, final)
     final_log = (run.logits if final is None else final).float().log_softmax(-1)
     return run, _Asked(final_log, None if targets is None else targets.to(final_log.device), scored, top_k)

@@ -9,7 +9,8 @@ from probes.linear.description_length import online_code
 from probes.linear.estimators import LogisticProbe, Probe, RegressionProbe, RidgeProbe, SiteProbes
 from probes.linear.features import Features, site_features
 from probes.linear.latents import probe_latent, probe_values
-from probes.linear.transfer import probe_loop, transfer
+from probes.linear.loop_index import probe_loop
+from probes.linear.transfer import transfer
 
 __all__ = ["Features", "LogisticProbe", "Probe", "RegressionProbe", "RidgeProbe", "SiteProbes", "online_code",
            "probe_latent", "probe_loop", "probe_values", "site_features", "transfer"]

@@ -11,6 +11,7 @@ The objectives are those of scikit-learn's `LogisticRegression`, `RidgeClassifie
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ Sites = Sequence[Tensor] | Tensor
 """Features [site, point, d_model], or one [point, d_model] per site, which need not lie side by side in memory."""
 
 
-class Probe(BaseEstimator):
+class Probe(BaseEstimator, ABC):
     """What all probes share: a penalty, its choice by cross-validation, and fitting at many sites."""
 
     definition: str
@@ -45,8 +46,8 @@ class Probe(BaseEstimator):
         """Fits to features X [point, d_model] and y [point] or [point, target].
 
         Where ``groups`` [point] are given, such as the example of each position, the points of one group are on the
-        same side in cross-validation. Sets ``coef_`` and ``intercept_`` in scikit-learn's
-        shapes, ``penalty_`` (the C or alpha in use) and ``n_iter_``.
+        same side in cross-validation. Sets ``coef_`` and ``intercept_`` in scikit-learn's shapes, ``penalty_`` (the C
+        or alpha in use) and ``n_iter_``.
         """
         X, y = validate_data(self, X, y, multi_output=True, dtype=[np.float64, np.float32],
                              y_numeric=isinstance(self, RegressionProbe))
@@ -77,36 +78,36 @@ class Probe(BaseEstimator):
 
     # ------------------------------------------------------------------------------ private
 
+    @abstractmethod
     def _targets(self, y: np.ndarray) -> Classes | Values:
-        check_classification_targets(y) if y.ndim == 1 else None
-        return Classes.of(y)
+        """What ``y`` asks for."""
 
+    @abstractmethod
     def _strengths(self) -> list[float]:
         """The penalties to choose from, the strongest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _solve(self, x: Tensor, wanted: Tensor, targets: Any, penalty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients, intercepts and the number of steps taken, each [site, …]."""
-        raise NotImplementedError
 
-    def _columns(self, X: Any) -> Float[Tensor, "point column"]:
+    def _read(self, X: Any) -> tuple[Any, Float[Tensor, "point column"]]:
+        """What is asked for, and its scores."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
         coef = np.reshape(self.coef_, (-1, X.shape[1]))
-        return torch.from_numpy(X @ coef.T.astype(X.dtype) + np.reshape(self.intercept_, -1).astype(X.dtype))
+        scores = X @ coef.T.astype(X.dtype) + np.reshape(self.intercept_, -1).astype(X.dtype)
+        return self._fitted, torch.from_numpy(scores)
 
     def _row(self, label: Any) -> np.ndarray:
         rows, targets = np.reshape(self.coef_, (-1, self.n_features_in_)), self._fitted
         if label is None and len(rows) == 1:
             return rows[0]
-        if isinstance(targets, Classes) and targets.n_targets is None and label in targets.values:
-            index = int(np.searchsorted(targets.values, label))
-            return rows[index] if len(rows) > 1 else rows[0] * (2 * index - 1)
-        known = targets.values.tolist() if isinstance(targets, Classes) and targets.n_targets is None else \
-            list(range(targets.n_targets or 1))
-        if label in known and len(rows) == len(known):
-            return rows[label]
-        raise ValueError(f"label must be one of {known}, not {label!r}.")
+        one_of_classes = isinstance(targets, Classes) and targets.n_targets is None
+        known = targets.values.tolist() if one_of_classes else list(range(targets.n_targets or 1))
+        if label not in known or len(rows) not in (1, len(known)):
+            raise ValueError(f"label must be one of {known}, with a score of its own, not {label!r}.")
+        index = known.index(label)
+        return rows[index] if len(rows) == len(known) else rows[0] * (2 * index - 1)
 
     def _fit_chunk(self, x: Float[Tensor, "site point d_model"], wanted: Float[Tensor, "point column"],
                    targets: Classes | Values, groups: np.ndarray | None) -> tuple[Tensor, ...]:
@@ -148,13 +149,18 @@ class _Classifier(ClassifierMixin, Probe):
 
         Several targets stand on an axis after ``point``.
         """
-        columns = self._columns(X)
-        return self._fitted.scores(columns).numpy()
+        targets, columns = self._read(X)
+        return targets.scores(columns).numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """The class with the largest score, [point] or [point, target]."""
-        columns = self._columns(X)
-        return self.classes_[self._fitted.chosen(columns).numpy()]
+        targets, columns = self._read(X)
+        return self.classes_[targets.chosen(columns).numpy()]
+
+    def _targets(self, y: np.ndarray) -> Classes:
+        if y.ndim == 1:
+            check_classification_targets(y)
+        return Classes.of(y)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -180,8 +186,8 @@ class LogisticProbe(_Classifier):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities [point, class]; with several targets [point, target(, class)], of the second class of two."""
-        columns = self._columns(X)
-        return self._fitted.probabilities(columns).numpy()
+        targets, columns = self._read(X)
+        return targets.probabilities(columns).numpy()
 
     def _strengths(self) -> list[float]:
         return sorted(float(c) for c in np.atleast_1d(self.C))
@@ -220,8 +226,8 @@ class RegressionProbe(MultiOutputMixin, RegressorMixin, Probe):
 
     def predict(self, X: Any) -> np.ndarray:
         """Values, [point] or [point, target]."""
-        columns = self._columns(X)
-        return self._fitted.scores(columns).numpy()
+        targets, columns = self._read(X)
+        return targets.scores(columns).numpy()
 
     def _targets(self, y: np.ndarray) -> Values:
         return Values.of(y)

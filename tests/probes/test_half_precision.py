@@ -44,7 +44,7 @@ TOKENS = small_tokens(batch=24, seed=3)
 TRUTH = small_tokens(batch=24, seed=4).clamp(max=MASK - 1)
 
 LINEAR = tuple(importlib.import_module(f"probes.linear.{name}")
-               for name in ("latents", "transfer", "description_length"))
+               for name in ("latents", "transfer", "loop_index", "description_length"))
 
 Result = xr.Dataset | xr.DataArray
 

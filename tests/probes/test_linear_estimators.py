@@ -155,7 +155,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         RidgeProbe().fit_sites(x, y[:10])
     with pytest.raises(ValueError, match="features holds NaN"):
         LogisticProbe().fit_sites(x / 0, y)
-    with pytest.raises(ValueError, match=r"label must be one of \[0, 1, 2\], not 3"):
+    with pytest.raises(ValueError, match=r"label must be one of \[0, 1, 2\], .* not 3"):
         RidgeProbe().fit(x[0].numpy(), y.numpy()).direction(3)
     with pytest.raises(ValueError, match="Unknown label type"):
         RidgeProbe().fit(x[0].numpy(), x[0, :, 0].numpy())
