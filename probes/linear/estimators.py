@@ -70,10 +70,12 @@ class Probe(BaseEstimator, ABC):
         """The unit vector along which a score grows fastest; for `hooks.edits.steer`.
 
         ``label`` is one of ``classes_`` where there is one target, the target's index where there are several, and may
-        be left out where there is one score. Raises ValueError for any other.
+        be left out where there is one score. Raises ValueError for any other, and for a probe that reads nothing.
         """
         check_is_fitted(self)
         vector = torch.as_tensor(np.array(self._row(label)))
+        if not bool(vector.any()):
+            raise ValueError("all coefficients are 0: the score does not depend on the features, and has no direction.")
         return vector / vector.norm()
 
     # ------------------------------------------------------------------------------ private

@@ -166,4 +166,6 @@ def test_one_class_is_answered_always_and_features_that_say_nothing_give_the_com
     for probe in (RidgeProbe(), LogisticProbe()):
         assert (probe.fit(x[0].numpy(), np.full(240, 7)).predict(x[0].numpy()) == 7).all()
         flat = probe.fit(np.zeros((240, 6)), y.numpy())
+        with pytest.raises(ValueError, match="all coefficients are 0"):
+            flat.direction(0)
         assert (flat.predict(np.zeros((3, 6))) == np.bincount(y).argmax()).all()
