@@ -37,8 +37,9 @@ def head_kinds(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None
     ``self``, ``previous``, ``next`` and ``same_token`` are shares of attention, each a mean over the queries that have
     such a key, ``distance`` is in positions. Each has a companion ``…_over_chance``, divided by its value under
     attention that is the same for all keys that are no padding: 1 is chance, in every length of sequence. ``stability``
-    is 1 − ½ Σ_j |A_ij − A'_ij|, A' the same head's pattern one loop earlier: 1 where nothing moved; NaN in loop 0 and
-    outside the loops. NaN where an example has no such query. Reduced inside the hook: two loops are kept at most.
+    is 1 − ½ Σ_j |A_ij − A'_ij|, A' the same head's pattern one loop earlier: 1 where nothing moved, which heads of
+    untrained models come near, too; NaN in loop 0 and outside the loops. NaN where an example has no such query.
+    Reduced inside the hook: two loops are kept at most.
 
     ``same_token`` needs tokens among the inputs and is left out without. Definitions of head kinds: 2209.11895 and
     1905.09418. Raises Unavailable where the model makes no patterns, ValueError for a mask of another shape.

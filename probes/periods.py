@@ -23,10 +23,12 @@ def periods(residual: xr.DataArray, topology: Topology, *, skip: int = 0) -> xr.
 
     ``residual`` is `Recording.residual_stream()`; the first ``skip`` loops are left out. The state after a layer, over
     loops, less its straight line of best fit, has a power spectrum that is summed over dimensions; ``period`` [loop]
-    is 1 ÷ the frequency of its peak, and ``power`` the share of the spectrum there: near 1 for a pure cycle. What
-    drifts without order has a peak, too, so ``power`` is what to look at, and ``chance_power`` is the mean share of
-    the same steps in random order (20 orders). ``winding`` is the angle, in turns, that the state sweeps about its
-    mean in the plane of its two largest principal components: loops ÷ period for a cycle, next to none for a line.
+    is 1 ÷ the frequency of its peak, and ``power`` the share of the spectrum there: near 1 for a pure cycle. Only
+    periods that fit twice into the loops looked at are cycles: a state that slows down on a curve has most of its
+    power at longer ones, in untrained models too. What drifts without order has a peak as well, so ``power`` is what
+    to look at, and ``chance_power`` is the mean share of the same steps in random order (20 orders). ``winding`` is
+    the angle, in turns, that the state sweeps about its mean in the plane of its two largest principal components:
+    loops ÷ period for a cycle, at most about one for an arc.
 
     All are NaN where the state is on a straight line to rounding (1e-4 of its length): there is nothing that could
     turn. Raises ValueError for fewer than 6 loops and states that are not finite.
@@ -59,15 +61,18 @@ def _detrended(path: Float[np.ndarray, "*place loop d_model"]) -> Float[np.ndarr
 
 
 def _peak(rest: Float[np.ndarray, "*place loop d_model"]) -> tuple[np.ndarray, np.ndarray]:
-    """The frequency per loop with the most power, and its share; a zero-padded spectrum finds it between bins."""
-    n = rest.shape[-2]
-    fine = np.square(np.abs(np.fft.rfft(rest, 16 * n, axis=-2))).sum(-1)[..., 1:]
-    index = fine.argmax(-1)
-    bins = np.square(np.abs(np.fft.rfft(rest, axis=-2))).sum(-1)[..., 1:]
-    near = np.rint((index + 1) / 16).clip(1, bins.shape[-1])[..., None]
-    around = np.abs(np.arange(1, bins.shape[-1] + 1) - near) <= 1                    # a peak between bins is in both
+    """The frequency per loop with the most power, of 2 ÷ loops or more, and the share of all power that is there.
+
+    A zero-padded spectrum finds it between bins; its share is that of the nearest bin and its neighbours.
+    """
+    n, finer = rest.shape[-2], 16
+    fine = np.square(np.abs(np.fft.rfft(rest, finer * n, axis=-2))).sum(-1)
+    peak = (fine[..., 2 * finer:].argmax(-1) + 2 * finer) / finer                    # in turns over all loops
+    bins = np.square(np.abs(np.fft.rfft(rest, axis=-2))).sum(-1)
+    place = np.arange(bins.shape[-1])
+    around = (np.abs(place - np.rint(peak)[..., None]) <= 1) & (place >= 2)
     total = bins.sum(-1)
-    return (index + 1) / (16 * n), (bins * around).sum(-1) / np.where(total > 0, total, 1.0)
+    return peak / n, (bins * around).sum(-1) / np.where(total > 0, total, 1.0)
 
 
 def _turns(path: Float[np.ndarray, "*place loop d_model"]) -> Float[np.ndarray, "*place"]:

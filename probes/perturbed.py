@@ -83,12 +83,13 @@ def basins(model: LoopedModel, inputs: Inputs, *, sizes: Sequence[float] = (0.01
     """Where the loop goes from perturbed starts; over (size, start, example) and (…, loop).
 
     The state that enters loop 0 is X_0 + size · ‖X_0‖ · u, u a random direction of each position. ``agreement`` is the
-    share of scored positions whose last answer is that of the run itself: 1 where the start does not matter.
-    ``distance`` (size, start, loop, example) is ‖X'_k − X_k‖ / ‖X_k‖ after each loop, mean over positions: it falls
-    where the loop forgets its start. ``settling`` is the number of loops after which an example's state is, in the
-    mean over positions, within 1% of its own last state and stays there, n_loops where it is only at the end;
-    ``own_settling`` (example) that of the run as it is. A residual stream that only adds up keeps the size of the
-    perturbation and settles never: that is the null. Definition of settling times: 2609.04963.
+    share of scored positions whose last answer is that of the run itself: 1 where the start does not matter, and in a
+    model that always answers the same. ``distance`` (size, start, loop, example) is ‖X'_k − X_k‖ / ‖X_k‖ after each
+    loop, mean over positions: it falls where the loop forgets its start, and where the norm grows. ``settling`` is the
+    number of loops after which an example's state is, in the mean over positions, within 1% of its own last state and
+    stays there, n_loops where it is only at the end; ``own_settling`` (example) that of the run as it is. A residual
+    stream that only adds up keeps the size of the perturbation and settles never: that is the null. Definition of
+    settling times: 2609.04963.
 
     Raises ValueError for sizes that are not above 0, no start, fewer than two loops, and states that are not finite.
     """

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hooks import HookedLoopMDM
 from hooks.edits import freeze
-from probes import attention, geometry, loop_patterns, similarity
+from probes import attention, dimension, geometry, heads, loop_patterns, paths, perturbed, similarity
 from probes.attention import attention_summary, pattern_distance, patterns
 from probes.cycles import own_loops
+from probes.dimension import intrinsic_dimension
 from probes.geometry import (
     classify_tokens,
     contraction,
@@ -27,6 +28,7 @@ from probes.geometry import (
     matrix_entropy,
     trajectory_pca,
 )
+from probes.heads import attention_over_steps, head_kinds
 from probes.lenses import read_lens, reading
 from probes.linear import (
     online_code,
@@ -36,13 +38,17 @@ from probes.linear import (
     transfer,
 )
 from probes.loop_patterns import frozen_attention, head_distances, pattern_gram
-from probes.similarity import cka_between_depths, linear_cka
+from probes.paths import head_scan, path_effects
+from probes.periods import periods
+from probes.perturbed import basins, line_search
+from probes.similarity import between_depths, cka_between_depths, linear_cka
 from tests.small import MASK, VARIANTS, small_model, small_tokens
 
 LOOPS = 8
 TOKENS = small_tokens(batch=24, seed=3)
 TRUTH = small_tokens(batch=24, seed=4).clamp(max=MASK - 1)
 
+periods_of = importlib.import_module("probes.periods")    # `probes.periods` is the function
 LINEAR = tuple(importlib.import_module(f"probes.linear.{name}")
                for name in ("latents", "transfer", "loop_index", "description_length"))
 
@@ -88,6 +94,15 @@ PROBES: dict[str, Callable[[HookedLoopMDM], Result]] = {
     "pattern_distance": lambda m: pattern_distance(m, TOKENS, n_loops=LOOPS),
     "linear_cka": lambda m: linear_cka(states(m)[0], states(m)[-1]),
     "cka_between_depths": lambda m: cka_between_depths(residual(m)[0]),
+    "between_depths": lambda m: between_depths(residual(m)[0], kind="cosine"),
+    "intrinsic_dimension": lambda m: intrinsic_dimension(residual(m)[0]),
+    "periods": lambda m: periods(*residual(m)),
+    "head_kinds": lambda m: head_kinds(m, TOKENS, n_loops=LOOPS),
+    "attention_over_steps": lambda m: attention_over_steps(m, [TOKENS, TRUTH], n_loops=LOOPS),
+    "head_scan": lambda m: head_scan(m, TOKENS, targets=TRUTH, n_loops=LOOPS)[["nll", "kl"]],
+    "path_effects": lambda m: path_effects(m, TOKENS, targets=TRUTH, n_loops=LOOPS)[["nll", "kl"]],
+    "line_search": lambda m: line_search(m, TOKENS, targets=TRUTH, n_loops=LOOPS)[["nll"]],
+    "basins": lambda m: basins(m, TOKENS, n_loops=LOOPS, n_starts=1)[["distance"]],
     "pattern_gram": lambda m: pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS))),
     "head_distances": lambda m: head_distances(pattern_gram(m, TOKENS, own_loops(m.topology(LOOPS)))),
     "frozen_attention": lambda m: numbers(frozen_attention(m, TOKENS, own_loops(m.topology(LOOPS)), after=1)),
@@ -144,12 +159,14 @@ def test_distances_of_equal_patterns_are_zero_in_every_precision(dtype: torch.dt
 
 def test_every_public_probe_is_here() -> None:
     measured = {"model", "residual", "x", "features", "gram", "distance", "distances"}
+    modules = (attention, dimension, geometry, heads, loop_patterns, paths, periods_of, perturbed, similarity, reading,
+               *LINEAR)
     probes = {
-        name for module in (attention, geometry, similarity, loop_patterns, reading, *LINEAR)
-        for name, fn in inspect.getmembers(module, inspect.isfunction)
+        name for module in modules for name, fn in inspect.getmembers(module, inspect.isfunction)
         if fn.__module__ == module.__name__ and not name.startswith("_")
         and measured & set(inspect.signature(fn).parameters)}
-    assert probes <= {*PROBES, "read_lens", "read_line"}
+    helpers = {"states_by_loop", "cycle_coords"}
+    assert probes <= {*PROBES, *helpers, "read_lens", "read_line"}
 
 
 def _choices(model: HookedLoopMDM) -> dict[str, Any]:

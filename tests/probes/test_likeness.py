@@ -110,6 +110,10 @@ def test_what_does_not_turn_has_no_period() -> None:
              for seed in range(10)]
     apart = [float((w.power - w.chance_power).squeeze()) for w in walks]
     assert abs(np.mean(apart)) < 0.1
+    slowing = (1 - 0.7 ** k) * RNG.normal(size=5) + (1 - 0.9 ** k) * RNG.normal(size=5)
+    arc = np.concatenate([np.cos(k / 8), np.sin(k / 8)], -1)                 # 3 radians: less than half a turn
+    for path in (slowing, arc):
+        assert float(periods(looping(path), TOPOLOGY).power.squeeze()) < 0.25
     with pytest.raises(ValueError, match="at least 6 loops, and 4 are left"):
         periods(looping(k * np.ones((1, 5))), TOPOLOGY, skip=20)
 

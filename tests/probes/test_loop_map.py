@@ -84,6 +84,7 @@ def test_a_real_loops_norm_is_that_of_its_whole_jacobian() -> None:
     model = small_model(seed=2)
     tokens = torch.randint(0, MASK, (2, 4), generator=torch.Generator().manual_seed(3))
     found = jacobian_spectrum(model, tokens, n_loops=3, n_iter=150, loops=[1])
+    part = jacobian_spectrum(model, tokens, n_loops=3, n_iter=150, loops=[1], at=torch.arange(4).expand(2, 4) < 2)
     states, _, context = model.run(tokens, 3)
     depths = context.topology.loop_depths()[1]
     for example in range(2):
@@ -94,6 +95,8 @@ def test_a_real_loops_norm_is_that_of_its_whole_jacobian() -> None:
 
         whole = torch.autograd.functional.jacobian(loop, states[depths[0]][example].flatten().detach())
         assert float(found.norm[0, example]) == pytest.approx(float(torch.linalg.matrix_norm(whole, 2)), rel=1e-3)
+        inside = whole[:whole.shape[0] // 2, :whole.shape[1] // 2]              # the first two of four positions
+        assert float(part.norm[0, example]) == pytest.approx(float(torch.linalg.matrix_norm(inside, 2)), rel=1e-3)
         radius = float(torch.linalg.eigvals(whole).abs().max())
         assert float(found.radius[0, example]) == pytest.approx(radius, rel=2e-2)
 
