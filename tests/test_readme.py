@@ -27,6 +27,15 @@ def test_the_examples_run_as_printed():
     assert re.search(r"NLL of the next token at each depth: \[[\d. \n]+\]", done.stdout), done.stdout
 
 
+def test_the_measurements_are_there_by_name():
+    import probes
+
+    section = TEXT.split("## Measurements")[1].split("## Results")[0]
+    listed = set(re.findall(r"`(\w+)`", section)) - {"probes", "adopt"}
+    assert len(listed) > 20
+    assert [name for name in sorted(listed) if not hasattr(probes, name)] == []
+
+
 def programs(page: Path) -> list[str]:
     """The indented blocks of a page that are Python."""
     blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4}.*)?\n)+", page.read_text(), re.MULTILINE)]
