@@ -34,7 +34,7 @@ class LinearRows(nn.Linear):
         self.fused, self.start, self.stop = fused, start, stop
         self.in_features, self.out_features = fused.in_features, stop - start
 
-    @property
+    @property  # a view where nn.Linear holds a parameter; so is every weight and bias below
     def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
         return self.fused.weight[self.start: self.stop]
 
