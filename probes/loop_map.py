@@ -112,7 +112,7 @@ def lyapunov(model: LoopedModel, inputs: Inputs, *, n_loops: int | None = None, 
         seen = []
         for _ in range(n_iter):
             image = whole.jvp(_orthonormal(v, n))
-            flat = image.view(n_exponents, n, -1).permute(1, 2, 0)
+            flat = image.reshape(n_exponents, n, -1).permute(1, 2, 0)
             seen.append(torch.linalg.svdvals(flat.double()).clamp_min(1e-300).log().T / (len(ends) - start))
             v = whole.vjp(image)
     change = (seen[-1] - seen[-max(1, n_iter // 4)]).abs()
@@ -200,6 +200,6 @@ def _unit(v: Float[Tensor, "example pos d_model"]) -> tuple[Tensor, Float[Tensor
 
 def _orthonormal(v: Float[Tensor, "row pos d_model"], n: int) -> Tensor:
     """Vectors of one example at right angles; rows are vector after vector, each of ``n`` examples."""
-    flat = v.view(-1, n, v[0].numel()).permute(1, 2, 0)
+    flat = v.reshape(-1, n, v[0].numel()).permute(1, 2, 0)
     q: Any = torch.linalg.qr(flat.double())[0].to(v)
     return q.permute(2, 0, 1).reshape(v.shape)

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 
 from hooks import Unavailable, adopt
 from hooks.edits import patch
 from probes import (
     attention_summary,
+    basins,
+    between_depths,
+    causal_scan,
     cka_between_depths,
     classify_tokens,
     contraction,
     dynamics,
     effective_rank,
     fixed_point,
+    head_kinds,
+    head_scan,
+    intrinsic_dimension,
+    jacobian_spectrum,
+    line_search,
+    lyapunov,
     matrix_entropy,
+    online_code,
+    path_effects,
     pattern_distance,
     patterns,
     probe_latent,
+    probe_loop,
+    probe_values,
     read_lens,
+    read_line,
     trajectory_pca,
+    transfer,
 )
 from probes.cycles import Cycle
 from probes.loop_patterns import frozen_attention, head_distances, pattern_gram
@@ -331,3 +349,58 @@ def test_nothing_is_left_on_the_module():
     assert "forward" not in mine.block.__dict__
     assert not mine.block._forward_hooks
     assert not mine.block._forward_pre_hooks
+
+
+def measured_by(specimen: Specimen) -> dict[str, Callable[[], xr.Dataset]]:
+    """Measurements that need no fitting to a task, on twelve examples of a specimen."""
+    model, s = specimen.model, specimen.n_loops
+    chosen = torch.arange(12) % model.batch_size(specimen.inputs)
+    inputs = model.select(specimen.inputs, chosen)
+    truth = model.targets(inputs) if specimen.targets is None else specimen.targets[chosen]
+    scored = model.scored(inputs).cpu()
+    assert truth is not None
+    labels = torch.where(scored & (truth.cpu() >= 0), truth.cpu() % 2, -1)
+    _, rec = model.run_with_cache(inputs, s, names_filter=[model.site(d, n_loops=s)
+                                                           for d in range(model.topology(s).depth)])
+    stream = rec.residual_stream()
+    of_two_loops: dict[str, Callable[[], xr.Dataset]] = {
+        "probe_loop": lambda: probe_loop(model, inputs, where=torch.ones_like(scored), n_loops=s)}
+    return {
+        **(of_two_loops if model.topology(s).n_loops > 1 else {}),
+        "transfer": lambda: transfer(model, inputs, labels, n_loops=s),
+        "probe_values": lambda: probe_values(model, inputs, torch.rand(labels.shape), n_loops=s),
+        "online_code": lambda: online_code(model, inputs, labels, 2, n_loops=s, portions=(0.5, 1.0)),
+        "causal_scan": lambda: causal_scan(model, inputs, targets=truth, effects=("skip", "repeat"), n_loops=s),
+        "path_effects": lambda: path_effects(model, inputs, targets=truth, n_loops=s),
+        "line_search": lambda: line_search(model, inputs, targets=truth, n_loops=s),
+        "basins": lambda: basins(model, inputs, n_loops=s, n_starts=1, sizes=(0.1,)),
+        "read_line": lambda: read_line(model, inputs, n_loops=s, targets=truth),
+        "between_depths": lambda: between_depths(stream),
+        "intrinsic_dimension": lambda: intrinsic_dimension(stream),
+        "head_kinds": lambda: head_kinds(model, inputs, n_loops=s),
+        "head_scan": lambda: head_scan(model, inputs, targets=truth, n_loops=s),
+        "jacobian_spectrum": lambda: jacobian_spectrum(model, inputs, n_loops=s, n_iter=8, loops=[0]),
+        "lyapunov": lambda: lyapunov(model, inputs, n_loops=s, n_iter=2),
+    }
+
+
+MAY_BE_MISSING = {"head_kinds": "attention=", "head_scan": r"no site attn\.hook_z", "jacobian_spectrum": "gradients",
+                  "lyapunov": "gradients"}
+"""What a model may not be able to give, and what it says then."""
+
+
+def test_every_measurement_is_made_or_named_as_missing(specimen):
+    for name, measure in measured_by(specimen).items():
+        missing = ""
+        try:
+            found = measure()
+        except Unavailable as error:
+            missing = str(error)
+        if missing:
+            assert name in MAY_BE_MISSING, (name, missing)
+            assert re.search(MAY_BE_MISSING[name], missing), (name, missing)
+            continue
+        assert found.data_vars, name
+        for key, value in found.data_vars.items():
+            assert {"long_name", "units", "definition", "source"} <= set(value.attrs), (name, key)
+            assert not np.isinf(value.values.astype(float)).any(), (name, key)
