@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from hooks.contract import Forward, HookList, Inputs, Kind, Levels, LoopedModel, Unavailable, tensors_of
 from hooks.foreign import payload
 from hooks.foreign.architectures import Architecture, declared, known, pattern_element
-from hooks.foreign.discovery import discover, random_state_kept
+from hooks.foreign.discovery import discover, random_state_kept, unseen
 from hooks.foreign.layouts import BATCH_FIRST, StateLayout, declared_layout
 from hooks.foreign.places import places_of
 from hooks.foreign.replay import Trace, canonical, record
@@ -332,7 +332,9 @@ class AdoptedModel(LoopedModel):
         last = topology.n_head + topology.n_loops * topology.n_mid - 1
         if last - 1 > topology.n_head:   # else nothing comes before the state that could matter beside it
             self._checked_state = True
-            if not context.trace.is_carried_by_the_state(topology.n_head, last):
+            with unseen(self.module):
+                carried = context.trace.is_carried_by_the_state(topology.n_head, last)
+            if not carried:
                 warnings.warn(f"{self.name}: a loop depends on more of the earlier ones than its layers return, as "
                               "where their result is added to a sum outside of them. Recordings and edits are right; "
                               "lenses, exchanges and whatever runs layers on other states see a part of the state "
@@ -344,7 +346,8 @@ class AdoptedModel(LoopedModel):
         if self._readout is None or self._checked_readout:
             return
         last = context.trace.state(context.topology.depth)
-        read = self.read(last, context)
+        with unseen(self.module):
+            read = self.read(last, context)
         try:
             own = self._logits(answer)
         except (Unavailable, ValueError):  # it answers in something else: then the readout is all there is

@@ -16,7 +16,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from string import ascii_lowercase
@@ -144,6 +144,11 @@ def is_bridge(module: nn.Module) -> bool:
 def is_dry() -> bool:
     """Is this thread in a dry run, which no watch should see?"""
     return _DRY.run is not None
+
+
+def unseen(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside it, no watch sees what this thread runs, and runs change neither buffers nor torch's random state."""
+    return _leaving_no_trace(module, _DryRun())
 
 
 # ------------------------------------------------------------------------ private

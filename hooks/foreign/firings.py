@@ -236,7 +236,8 @@ class Run:
         for counter in self.counters.values():
             counter.restart()
         self.recorder.recording({})  # what a failed forward left
-        self.recording.take(None)
+        if not payload.REPLAYING.on:  # what is recorded is the last whole forward
+            self.recording.take(None)
         if self.gradients:
             self.backward, self.unkept = self.new_recorder(), set()
         self.error = sys.exc_info()[1]

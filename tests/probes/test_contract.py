@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from hooks import Unavailable, adopt
+from hooks import Unavailable, adopt, watch
 from hooks.edits import patch
 from probes import (
     attention_summary,
@@ -103,6 +103,27 @@ def test_another_state_changes_the_answer_as_an_edit_at_its_site_does(specimen):
         other = states[d].flip(0)
         patched = model.run_with_hooks(inputs, s, fwd_hooks=[patch(model.site(d - 1, n_loops=s), other)])
         torch.testing.assert_close(model.resume(d, other, context), patched, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(SPECIMENS))
+def test_the_first_recording_of_a_new_model_is_of_its_own_forward(name):
+    """Not of one of the forwards that check the model."""
+    specimen = SPECIMENS[name]()
+    model, inputs, s = specimen.model, specimen.inputs, specimen.n_loops
+    sites = [model.site(d, n_loops=s) for d in range(model.topology(s).depth)]
+    _, rec = model.run_with_cache(inputs, s, names_filter=sites)
+    for site, state in zip(sites, model.run(inputs, s).states[1:], strict=True):
+        torch.testing.assert_close(rec[site], state, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_recording_survives_what_is_run_on_other_states_afterwards():
+    specimen = SPECIMENS["own-module"]()
+    with watch(specimen.model.module, "block.hook_out", schedule={"block": 4}) as rec:
+        states, _, context = specimen.model.run(specimen.inputs, 4)
+        specimen.model.walk(states[2] + 1, context, 2)
+    torch.testing.assert_close(rec["block.hook_out@1"], states[2])
 
 
 @torch.no_grad()
@@ -364,7 +385,9 @@ def measured_by(specimen: Specimen) -> dict[str, Callable[[], xr.Dataset]]:
                                                            for d in range(model.topology(s).depth)])
     stream = rec.residual_stream()
     of_two_loops: dict[str, Callable[[], xr.Dataset]] = {
-        "probe_loop": lambda: probe_loop(model, inputs, where=torch.ones_like(scored), n_loops=s)}
+        "probe_loop": lambda: probe_loop(model, inputs, where=torch.ones_like(scored), n_loops=s),
+        "basins": lambda: basins(model, inputs, n_loops=s, n_starts=1, sizes=(0.1,)),
+        "read_line": lambda: read_line(model, inputs, n_loops=s, targets=truth)}
     return {
         **(of_two_loops if model.topology(s).n_loops > 1 else {}),
         "transfer": lambda: transfer(model, inputs, labels, n_loops=s),
@@ -373,8 +396,6 @@ def measured_by(specimen: Specimen) -> dict[str, Callable[[], xr.Dataset]]:
         "causal_scan": lambda: causal_scan(model, inputs, targets=truth, effects=("skip", "repeat"), n_loops=s),
         "path_effects": lambda: path_effects(model, inputs, targets=truth, n_loops=s),
         "line_search": lambda: line_search(model, inputs, targets=truth, n_loops=s),
-        "basins": lambda: basins(model, inputs, n_loops=s, n_starts=1, sizes=(0.1,)),
-        "read_line": lambda: read_line(model, inputs, n_loops=s, targets=truth),
         "between_depths": lambda: between_depths(stream),
         "intrinsic_dimension": lambda: intrinsic_dimension(stream),
         "head_kinds": lambda: head_kinds(model, inputs, n_loops=s),
