@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks.contract import Inputs, Levels, LoopedModel
+from probes.batching import derangement
 from probes.linear.estimators import LogisticProbe, SiteProbes
 from probes.linear.features import Features, examples_sums, site_features
 from probes.linear.held_out import ratio
@@ -31,8 +32,9 @@ def online_code(model: LoopedModel, inputs: Inputs, labels: Int[Tensor, "batch p
     The labels of the first portion are sent at log2 n_classes bits each, those of every next one at −log2 p of a
     probe fitted to all portions before (2003.12298, equation 4). ``code_length`` in bits per label, with ``low`` and
     ``high`` over resampled examples; ``compression`` is log2 n_classes ÷ code_length, so that 1 is a probe that says
-    nothing; ``control_code_length`` is that of labels shuffled between examples; ``bits`` (depth, example) are the
-    bits per label of each example. An accuracy can be high and the code long, where the probe needs much data.
+    nothing; ``control_code_length`` is that of labels of other examples at the same position; ``bits`` (depth,
+    example) are the bits per label of each example. An accuracy can be high and the code long, where the probe needs
+    much data.
 
     ``labels`` are −1 where undefined; ``portions`` grow to 1. A probability counts for no less than
     1e-3 ÷ n_classes: the probe is mixed with the uniform answer at that weight, since a class that was not seen yet
@@ -49,10 +51,7 @@ def online_code(model: LoopedModel, inputs: Inputs, labels: Int[Tensor, "batch p
         raise ValueError(f"portions must grow to 1 and split {n} examples at least once, not {tuple(portions)}.")
     features, depths, topology = site_features(model, inputs, n_loops=n_loops, t=t, hook=hook)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    shuffled = torch.full_like(labels, -1)
-    for wanted in (labels >= 0).unique(dim=0):        # examples with the same labelled positions exchange labels
-        alike = ((labels >= 0) == wanted).all(1).nonzero()[:, 0]
-        shuffled[alike] = labels[alike[torch.randperm(len(alike), generator=torch.Generator().manual_seed(seed))]]
+    shuffled = _shuffled(labels, seed)
     counted = (labels >= 0).sum(1).double().numpy()
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(n))                  # when an example is sent
     bits, control = (_sent(probe, features, wanted, n_classes, rank, ends) for wanted in (labels, shuffled))
@@ -66,7 +65,7 @@ def online_code(model: LoopedModel, inputs: Inputs, labels: Int[Tensor, "batch p
              "low": (length.low, "bits per label, lower end of the 95% interval", "bit", ("depth",)),
              "high": (length.high, "bits per label, upper end of the 95% interval", "bit", ("depth",)),
              "compression": (uniform / length.value, "uniform code ÷ online code", "1", ("depth",)),
-             "control_code_length": (shuffled_length.value, "bits per label, labels shuffled between examples", "bit",
+             "control_code_length": (shuffled_length.value, "bits per label, labels of other examples", "bit",
                                      ("depth",)),
              "bits": (each, "bits per label of an example", "bit", ("depth", "example"))}
     variables = {name: measurement(value, dims, long_name=long_name, units=units, definition=definition,
@@ -75,6 +74,16 @@ def online_code(model: LoopedModel, inputs: Inputs, labels: Int[Tensor, "batch p
     return xr.Dataset(variables, {**depth_coords(topology, depths), "example": np.arange(n)},
                       {"n_loops": topology.n_loops, "hook": hook, "probe": str(probe), "seed": seed,
                        "uniform": uniform, "n_classes": n_classes})
+
+
+def _shuffled(labels: Int[Tensor, "batch pos"], seed: int) -> Int[Tensor, "batch pos"]:
+    """Labels of other examples at the same position, of those that have one there."""
+    shuffled = labels.clone()
+    for pos in range(labels.shape[1]):
+        labelled = (labels[:, pos] >= 0).nonzero()[:, 0]
+        if len(labelled) > 1:
+            shuffled[labelled, pos] = labels[labelled[derangement(len(labelled), seed + pos)], pos]
+    return shuffled
 
 
 def _sent(probe: LogisticProbe, features: Features, labels: Int[Tensor, "batch pos"], n_classes: int,

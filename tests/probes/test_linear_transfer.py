@@ -177,6 +177,10 @@ def test_the_code_of_what_is_there_is_short_and_of_shuffled_labels_is_not() -> N
     assert float(found.code_length[0]) < 0.35
     assert float(found.compression[0]) > 2.5
     assert (found.control_code_length > 0.98).all()
+    each_its_own = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    masked = online_code(model, tokens, torch.where(each_its_own, tokens % 2, -1), 2, n_loops=LOOPS)
+    assert float(masked.code_length[0]) < 0.5
+    assert (masked.control_code_length > 0.98).all()
     with pytest.raises(ValueError, match="portions must grow to 1"):
         online_code(model, tokens, tokens % 2, 2, n_loops=LOOPS, portions=(0.5, 0.2, 1.0))
     with pytest.raises(ValueError, match="first portion has no labelled position"):
