@@ -28,7 +28,7 @@ def linear_cka(x: Float[Tensor, "example d_x"], y: Float[Tensor, "example d_y"],
 
     1 for the same geometry up to rotation and scale. With ``unbiased`` HSIC is estimated without bias
     (Song et al. 2012), so that unrelated states score 0 on average and single values may be negative; otherwise
-    with the plain estimator, which is above 0 for few examples even then. No example × example matrix is made.
+    with the plain estimator, which is above 0 for few examples even then. No matrix is larger than examples² or d².
     0 where the states of one side are the same in all examples: they have no geometry to share.
 
     Raises ValueError for different numbers of examples, fewer than 4 (unbiased) or 2, or states that are not finite.
@@ -155,13 +155,17 @@ def _cka(x: Shaped[np.ndarray, "a example d_x"], y: Shaped[np.ndarray, "b exampl
 
 def _hsic(x: Shaped[np.ndarray, "a example d_x"], y: Shaped[np.ndarray, "b example d_y"],
           unbiased: bool) -> Shaped[np.ndarray, "a b"]:
-    """HSIC of each pair up to a factor that CKA cancels, written in features instead of kernels.
+    """HSIC of each pair up to a factor that CKA cancels, written in features where they are fewer than examples.
 
     Biased: tr(K L) = ‖xᵀy‖². Unbiased: Song et al. 2012, eq. 5, in which K̃ and L̃ have no diagonals.
     """
     n = x.shape[1]
-    wide = y.transpose(1, 0, 2).reshape(n, -1)                                    # one large product per x
-    trace = np.stack([np.square(one.T @ wide).reshape(-1, len(y), y.shape[2]).sum((0, 2)) for one in x])
+    if n < min(x.shape[2], y.shape[2]):
+        k_of, l_of = (np.matmul(v, v.transpose(0, 2, 1)).reshape(len(v), -1) for v in (x, y))
+        trace = k_of @ l_of.T
+    else:
+        wide = y.transpose(1, 0, 2).reshape(n, -1)                                # one large product per x
+        trace = np.stack([np.square(one.T @ wide).reshape(-1, len(y), y.shape[2]).sum((0, 2)) for one in x])
     if not unbiased:
         return trace
     k_diagonal, l_diagonal = np.square(x).sum(-1), np.square(y).sum(-1)           # [site, example]

@@ -252,6 +252,11 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         names = ("before", "after", "predicted", "probability", "loops_used", "revealed")
         return [{name: getattr(step, name).numpy() for name in names} for step in steps]
 
+    def little() -> dict[str, Any]:
+        """Short inputs, for what is fitted or differentiated."""
+        short = {name: base[name][:, :24] for name in ("noised", "tokens")}
+        return {**short, "inputs": short["noised"]}
+
     def drawn() -> Examples:
         return Examples(noised[:], base["tokens"], noised == task.mask_token_id, None)
 
@@ -311,6 +316,7 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "hooks/store.py": lambda: {"config": SamplerConfig(n_steps=4, n_loops=2)},
         "probes/answers.py": lambda: {"run": model.run(noised, 2), "tokens": base["tokens"], "depth": 2,
                                       "versions": torch.stack(model.run(noised, 2).states[:2])},
+        "probes/causal.py": little,
         "probes/heads.py": lambda: {"trace": [SimpleNamespace(before=noised)] * 2},
         "probes/linear/__init__.py": linear,
         "probes/linear/estimators.py": linear,
@@ -319,6 +325,8 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "probes/cycles.py": lambda: {"deep_twin": HookedLoopMDM(replace(model.config, n_loop_layers=4, max_loops=1))},
         "probes/geometry.py": lambda: {"fixed_point": fixed_point},
         "probes/lenses/base.py": lambda: dict(zip(("state", "context"), model.enter(noised[:3], 2), strict=True)),
+        "probes/lenses/__init__.py": little, "probes/lenses/fitted.py": little, "probes/lenses/jacobian.py": little,
+        "probes/lenses/tuned.py": little, "probes/loop_map.py": lambda: {"noised": noised[:1, :12]},
         "probes/measurement.py": lambda: {"values": np.zeros((2, 3))},
         "probes/similarity.py": lambda: {"x": torch.randn(20, 3), "y": torch.randn(20, 4)},
         "studies/checks.py": lambda: {"args": SimpleNamespace(t=0.5, examples=3, results="results")},
