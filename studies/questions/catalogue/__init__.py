@@ -1,0 +1,1 @@
+"""The catalogue: every measurement with its formula, range, meaning and pitfall, made on any looped model."""
