@@ -7,21 +7,25 @@
 
 By default the LoopMDM, the twin and the deep twin of automaton, sudoku and text. What a model cannot give is named on
 the page with the reason. Every measurement is kept in runs/catalogue as soon as it is made; a run that is stopped goes
-on from there. docs/catalogue.md says what each measurement is. Writes page.html and one measurements.nc per model.
+on from there. docs/catalogue.md says what each measurement is. Writes to results/catalogue: page.html, and one
+measurements.nc per model.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from tqdm import tqdm
 
 from hooks.writing import written_whole
 from studies.checks import at_least, noise_level, writable
 from studies.questions.catalogue.entries import ENTRIES
+from studies.questions.catalogue.figures import drawn
 from studies.questions.catalogue.measure import Asked, Found, measure
 from studies.questions.catalogue.page import page
 from studies.questions.catalogue.subjects import measurable
@@ -54,6 +58,8 @@ class Catalogue:
     """Seed of examples, masks, fits and resampling."""
     workers: int = 2
     """Processes; each works with one thread."""
+    pictures: bool = False
+    """Write figures/KEY.svg of each measurement too (it needs Chromium or Chrome)."""
     zoo: Path = ZOO
     """Where the models are."""
     specimens: Path = Path("runs/specimens")
@@ -86,6 +92,8 @@ def main(args: Catalogue) -> int:
     folder = args.results / "catalogue"
     with written_whole(folder / "page.html") as temporary:
         temporary.write_text(page(found))
+    if args.pictures:
+        _draw(found, folder / "figures")
     for name, one in found.items():
         with written_whole(folder / name / "measurements.nc") as temporary:
             _write(one, temporary)
@@ -94,6 +102,14 @@ def main(args: Catalogue) -> int:
     print(f"\nWritten to {folder} after {time.monotonic() - began:.0f} s: page.html, and measurements.nc of each "
           "model.")
     return 0
+
+
+def _draw(found: Mapping[str, Found], folder: Path) -> None:
+    for key, entry in tqdm(ENTRIES.items(), desc="figures", unit="figure"):
+        there = {name: one.measured[key] for name, one in found.items() if key in one.measured}
+        if there:
+            with written_whole(folder / f"{key}.svg") as temporary:
+                drawn(entry, there).write_image(temporary, format="svg")
 
 
 def _write(found: Found, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The generated parts of README.md, docs/zoo.md and docs/neighbours.md, from what is bundled: results/ and zoo/.
+"""The generated parts of README.md and of docs/ (zoo, neighbours, catalogue), from what is bundled.
 
     python studies/readme.py            # rewrite them between their markers
     python studies/readme.py --check    # say whether they are up to date; exit status 1 if not
@@ -15,17 +15,19 @@ import numpy as np
 import tyro
 
 from hooks.writing import written_whole
+from studies.questions.catalogue.page import manual
 from studies.questions.length_generalization.judge import judge as more_rows
 from studies.results import RESULTS, read_results
 from studies.zoo import KINDS, ZOO, names, read_card, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-README, ZOO_PAGE, NEIGHBOURS = ROOT / "README.md", ROOT / "docs" / "zoo.md", ROOT / "docs" / "neighbours.md"
+README, ZOO_PAGE, NEIGHBOURS, CATALOGUE = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in (
+    "zoo", "neighbours", "catalogue")))
 
 
 @dataclass(frozen=True)
 class Readme:
-    """Rewrite the generated parts of README.md, docs/zoo.md and docs/neighbours.md."""
+    """Rewrite the generated parts of README.md and of the pages under docs/."""
 
     check: bool = False
     """Only say whether they are up to date."""
@@ -83,6 +85,12 @@ def question_block(study: str, picture: str) -> str:
                       f"![{verdict['question']}](../results/{study}/{picture}.svg)"])
 
 
+def catalogue_block(results: Path = RESULTS) -> str:
+    """What each measurement is, with the figure that is bundled."""
+    figures = results / "catalogue" / "figures"
+    return manual({file.stem: f"../results/catalogue/figures/{file.name}" for file in sorted(figures.glob("*.svg"))})
+
+
 def between(text: str, name: str, block: str) -> str:
     """``text`` with what stands between the markers of ``name`` replaced. ValueError if they are missing."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -100,7 +108,8 @@ def current() -> dict[Path, str]:
     asked = between(NEIGHBOURS.read_text(), "loops_and_steps", question_block("loops_and_steps", "restart"))
     return {README: between(README.read_text(), "verdict", verdict_block(verdict)),
             ZOO_PAGE: between(zoo, "unlearned", unlearned_block()),
-            NEIGHBOURS: between(asked, "noise_level", question_block("noise_level", "read"))}
+            NEIGHBOURS: between(asked, "noise_level", question_block("noise_level", "read")),
+            CATALOGUE: between(CATALOGUE.read_text(), "catalogue", catalogue_block())}
 
 
 def main(args: Readme) -> int:

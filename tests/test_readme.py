@@ -42,7 +42,8 @@ def programs(page: Path) -> list[str]:
     return [block for block in blocks if re.match(r"\s*(from|import) ", block)]
 
 
-DOCUMENTED = [page for page in sorted(ROOT.glob("docs/*.md")) if programs(page)]
+DOCUMENTED = [page for page in sorted(ROOT.glob("docs/*.md")) if programs(page) and page.name != "tutorial.md"]
+"""Pages whose programs are run; the tutorial's is, in a test of its own."""
 
 
 @pytest.mark.slow
@@ -53,6 +54,22 @@ def test_the_examples_of_the_docs_run(page):
         assert done.returncode == 0, done.stderr
         if "stage_test(" in program:
             assert re.search(r"Sequence: [A-Z?·]{4}\.", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_the_tutorial_has_40_lines_and_prints_what_it_says(tmp_path):
+    page = ROOT / "docs" / "tutorial.md"
+    [program] = programs(page)
+    assert len([line for line in program.splitlines() if line.strip()]) <= 40
+    (tmp_path / "zoo").symlink_to(ROOT / "zoo")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, printed = re.search(r"```text\n(.*?)```", page.read_text(), re.DOTALL)[1], done.stdout
+    number = r"-?\d+\.?\d*"
+    assert re.sub(number, "", said).split() == re.sub(number, "", printed).split()
+    for one, other in zip(re.findall(number, said), re.findall(number, printed), strict=True):
+        assert abs(float(one) - float(other)) <= (0.02 if "." in one else 1)
+    assert (tmp_path / "tutorial.html").stat().st_size > 1000
 
 
 def test_the_docs_have_examples():

@@ -74,8 +74,8 @@ def _attribution(setting: Setting) -> xr.Dataset:
     few, others, metric = _pair(setting)
     attributed = attribution_patch_resid_pre(few.model, others, few.inputs, metric, n_loops=few.n_loops, t=few.t)
     error = attribution_error(attributed, _exact(setting))
-    return between(measurement(error.values, [str(dim) for dim in error.dims], long_name="RMS error ÷ RMS effect", units="1",
-                               definition="√ mean (attributed − exact)² ÷ √ mean (exact − corrupted)²",
+    return between(measurement(error.values, [str(dim) for dim in error.dims], long_name="RMS error ÷ RMS effect",
+                               definition="√ mean (attributed − exact)² ÷ √ mean (exact − corrupted)²", units="1",
                                source="2310.10348", coords=dict(error.coords)))
 
 

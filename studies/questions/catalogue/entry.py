@@ -45,7 +45,7 @@ class Entry:
         """``run``, or Unavailable or ValueError with the reason why this model, or these inputs, do not allow it."""
         n_loops = setting.run.context.topology.n_loops
         if n_loops < self.loops:
-            raise Unavailable(f"it takes {self.loops} loops, and {setting.model.name} runs {n_loops} here.")
+            raise Unavailable(f"it takes {self.loops} loops, and there is {n_loops}.")
         found = self.run(setting)
         if not bool(found["value"].notnull().any()):
             raise ValueError("it is not defined anywhere on these inputs.")

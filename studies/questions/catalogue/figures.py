@@ -103,15 +103,15 @@ def _axis(figure: go.Figure, value: xr.DataArray, along: str, place: dict[str, i
     if along == "depth" and "loop" in value.coords:
         loops = value.loop.values
         begins = [i for i in range(len(loops)) if i == 0 or loops[i] != loops[i - 1]]
-        names = [("head" if i == 0 else "tail") if loops[i] < 0 else f"loop {loops[i]}" for i in begins]
-        if not (loops >= 0).any():
-            names = ["0"]
+        looped = loops.max() > 0
+        names = [("head" if i == 0 else "tail") if loops[i] < 0 else f"loop {loops[i]}" if looped else "mid"
+                 for i in begins]
         figure.update_xaxes(tickvals=value.depth.values[begins], ticktext=names, tickangle=-45, **place)
     elif value.sizes[along] <= MOST_CURVES + 2 and along != "dose":
         figure.update_xaxes(tickvals=_coordinate(value, along), **place)
 
 
-def _coordinate(value: xr.DataArray, dim: str) -> np.ndarray[Any, Any]:
+def _coordinate(value: xr.DataArray, dim: str) -> np.ndarray:
     return value[dim].values if dim in value.indexes else np.arange(value.sizes[dim])
 
 

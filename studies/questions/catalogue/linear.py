@@ -114,7 +114,7 @@ PROBES = (
           "accuracy at one (loop, layer) of the probe that was trained at another", "0 to 1",
           "Whether loops keep a variable in the same directions.",
           "A probe has a threshold and a scale; a stream that only grows costs accuracy. Compare with the diagonal.",
-          "2604.11791", _transfer, matrix=True),
+          "probes: 1909.03368; between loops ours", _transfer, matrix=True),
     Entry("loop_probe", "Probe of the loop", "Linear probes",
           "accuracy of telling the loop from a state of unit norm, one probe per layer", "0 to 1",
           "Whether a state says which loop it is in.",
@@ -129,5 +129,5 @@ PROBES = (
           "mean logit of an answer when dose · direction is added at the middle (loop, layer)", "any, nat",
           "Whether the direction that a probe reads is one that the model uses.",
           "Any push of some size changes an answer: compare with random directions. The dose is in root mean "
-          "squares of the states there.", "2306.03341", _steering, f"the mean of {RANDOM} random directions"),
+          "squares of the states there.", "2308.10248", _steering, f"the mean of {RANDOM} random directions"),
 )

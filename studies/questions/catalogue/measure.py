@@ -27,7 +27,7 @@ from studies.questions.catalogue.entries import ENTRIES
 from studies.questions.catalogue.setting import Setting
 from studies.questions.catalogue.subjects import Measurable
 
-VERSION = 1
+VERSION = 2
 """Changes when what is measured changes, so that nothing older is taken for it."""
 
 

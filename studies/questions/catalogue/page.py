@@ -31,8 +31,12 @@ def page(found: Mapping[str, Found]) -> str:
                 parts.append(drawn(entry, there).to_html(full_html=False, include_plotlyjs=first,
                                                          div_id=f"of-{entry.key}", config={"displaylogo": False}))
                 first = False
-            parts.extend(f"<p class='missing'>{html.escape(name)}: missing, {html.escape(one.missing[entry.key])}</p>"
-                         for name, one in found.items() if entry.key in one.missing)
+            reasons: dict[str, list[str]] = {}
+            for name, one in found.items():
+                if entry.key in one.missing:
+                    reasons.setdefault(one.missing[entry.key], []).append(name)
+            parts.extend(f"<p class='missing'>Missing of {html.escape(', '.join(names))}: {html.escape(reason)}</p>"
+                         for reason, names in reasons.items())
     models = "".join(
         f"<li><b>{html.escape(name)}</b>: {html.escape(one.about)}; {len(one.measured)} measurements, "
         f"{len(one.missing)} missing, {sum(one.seconds.values()):.0f} s</li>" for name, one in found.items())
@@ -71,7 +75,8 @@ def _sentence(text: str) -> str:
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>LoopScope: the measurement catalogue</title>
 <style>body{{font:15px/1.45 system-ui,sans-serif;max-width:1360px;margin:2em auto;padding:0 1em;color:#222}}
-dl{{display:grid;grid-template-columns:6em 1fr;gap:.1em .8em;font-size:.9em;max-width:60em}}dt{{color:#666}}dd{{margin:0}}
+dl{{display:grid;grid-template-columns:6em 1fr;gap:.1em .8em;font-size:.9em;max-width:60em}}
+dt{{color:#666}}dd{{margin:0}}
 h3{{margin-top:2em;border-top:1px solid #ddd;padding-top:.6em}}.missing{{color:#8a5a00;font-size:.85em;margin:.1em 0}}
 </style><h1>The measurement catalogue</h1><p>Bands and whiskers: 95% intervals over examples. Dashed: the null.</p>
 <ul>{models}</ul>{parts}</html>

@@ -47,8 +47,8 @@ STAGES = (
           "Recalibrated with two numbers on half of the examples.", "docs/stage_test.md", _gains,
           "the straight line through the states of loops 0 and 1", loops=2),
     Entry("responses", "Responses to a push", "Stages",
-          "cosines of the responses of layers and loops to the same small push; E and ρ combine them", "−1 to 1",
-          "Whether a map does the same at another loop, to first order.",
+          "cosines of the responses of layers and loops to the same small push; E and ρ combine them",
+          "cosines and E −1 to 1, ρ any", "Whether a map does the same at another loop, to first order.",
           "Blind to what maps add whatever they are given: two maps may respond alike and do different things.",
           "2604.11791; docs/stage_test.md", _responses, loops=2),
 )
