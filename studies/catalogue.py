@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
+from plotly.io import write_images
 
 from hooks.writing import written_whole
 from studies.checks import at_least, noise_level, writable
@@ -105,11 +105,11 @@ def main(args: Catalogue) -> int:
 
 
 def _draw(found: Mapping[str, Found], folder: Path) -> None:
-    for key, entry in tqdm(ENTRIES.items(), desc="figures", unit="figure"):
-        there = {name: one.measured[key] for name, one in found.items() if key in one.measured}
-        if there:
-            with written_whole(folder / f"{key}.svg") as temporary:
-                drawn(entry, there).write_image(temporary, format="svg")
+    there = {key: {name: one.measured[key] for name, one in found.items() if key in one.measured} for key in ENTRIES}
+    figures = {key: drawn(ENTRIES[key], of_models) for key, of_models in there.items() if of_models}
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
+        write_images(list(figures.values()), [temporary / f"{key}.svg" for key in figures])   # by one browser
 
 
 def _write(found: Found, file: Path) -> None:

@@ -252,6 +252,19 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         names = ("before", "after", "predicted", "probability", "loops_used", "revealed")
         return [{name: getattr(step, name).numpy() for name in names} for step in steps]
 
+    def catalogue() -> dict[str, Any]:
+        """A setting, a measurement of it, the models that there are, and what one of them gave."""
+        from studies.questions.catalogue.entries import ENTRIES
+        from studies.questions.catalogue.entries.setting import Setting
+        from studies.questions.catalogue.measure import Found
+        from studies.questions.catalogue.subjects import measurable
+
+        setting = Setting(model, noised, base["tokens"], noised == task.mask_token_id, n_loops=2)
+        lens = ENTRIES["logit_lens"].measure(setting)
+        return {"setting": setting, "ENTRIES": ENTRIES, "subjects": measurable(["automaton-loop", "automaton-twin"]),
+                "found": {"a model": Found("", {"logit_lens": lens}, {}, {"logit_lens": 1.0})}
+                if path.endswith("page.py") else lens}
+
     def little() -> dict[str, Any]:
         """Short inputs, for what is fitted or differentiated."""
         short = {name: base[name][:, :24] for name in ("noised", "tokens")}
@@ -330,6 +343,10 @@ def extras(path: str, base: dict[str, Any]) -> dict[str, Any]:
         "probes/measurement.py": lambda: {"values": np.zeros((2, 3))},
         "probes/similarity.py": lambda: {"x": torch.randn(20, 3), "y": torch.randn(20, 4)},
         "studies/checks.py": lambda: {"args": SimpleNamespace(t=0.5, examples=3, results="results")},
+        "studies/questions/catalogue/entries/__init__.py": catalogue,
+        "studies/questions/catalogue/entries/entry.py": catalogue,
+        "studies/questions/catalogue/figures.py": catalogue, "studies/questions/catalogue/measure.py": catalogue,
+        "studies/questions/catalogue/page.py": catalogue,
         "studies/palette.py": lambda: {"figure": go.Figure(), "loops": [1, 2], "accuracy": [0.5, 1]},
         "studies/questions/ablations/figures.py": lambda: {"curves": ablations.datasets["curves"]},
         "studies/questions/ablations/judge.py": lambda: {"verdict": ablations.verdict},

@@ -15,11 +15,11 @@ from probes import read_lens
 from studies.catalogue import Catalogue, main
 from studies.questions.catalogue import measure as measuring
 from studies.questions.catalogue.entries import ENTRIES
-from studies.questions.catalogue.entry import FAMILIES
+from studies.questions.catalogue.entries.entry import FAMILIES
+from studies.questions.catalogue.entries.setting import Setting
 from studies.questions.catalogue.figures import drawn
 from studies.questions.catalogue.measure import Asked, measure, plain
 from studies.questions.catalogue.page import manual, page
-from studies.questions.catalogue.setting import Setting
 from studies.questions.catalogue.subjects import measurable
 from tests.small_zoo import TASK, make_zoo
 
@@ -37,6 +37,7 @@ def setting(zoo: Path) -> Setting:
     return found.setting(FEW.examples, FEW.t, FEW.n_loops, FEW.seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ENTRIES)
 def test_every_entry_measures_a_looped_model_and_says_what_it_is(key: str, setting: Setting) -> None:
     entry = ENTRIES[key]
@@ -55,6 +56,7 @@ def test_every_entry_measures_a_looped_model_and_says_what_it_is(key: str, setti
     assert len(drawn(entry, {"one": plain(found), "two": plain(found)}).data) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key, entry in ENTRIES.items() if entry.range in ("0 to 1", "−1 to 1")])
 def test_values_stay_in_their_range(key: str, setting: Setting) -> None:
     value = ENTRIES[key].measure(setting).value

@@ -14,7 +14,7 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from studies.palette import AMOUNT, AROUND_ZERO, CATEGORIES, NEUTRAL, laid_out
-from studies.questions.catalogue.entry import Entry
+from studies.questions.catalogue.entries.entry import CatalogueEntry
 
 COLUMNS = 3
 PANEL = (400, 300)
@@ -28,7 +28,7 @@ AXES = {"depth": "depth: layers as they run", "loop": "loop", "loops": "loops ru
         "content": "content of loop", "operation": "operation of loop", "step": "denoising step"}
 
 
-def drawn(entry: Entry, found: Mapping[str, xr.Dataset]) -> go.Figure:
+def drawn(entry: CatalogueEntry, found: Mapping[str, xr.Dataset]) -> go.Figure:
     """The values of one entry, model by model: curves with 95% bands and a dashed null, or maps."""
     columns = min(COLUMNS, len(found))
     rows = -(-len(found) // columns)
@@ -51,7 +51,7 @@ def drawn(entry: Entry, found: Mapping[str, xr.Dataset]) -> go.Figure:
     return figure
 
 
-def _curves(figure: go.Figure, entry: Entry, found: xr.Dataset, place: dict[str, int], first: bool) -> None:
+def _curves(figure: go.Figure, entry: CatalogueEntry, found: xr.Dataset, place: dict[str, int], first: bool) -> None:
     value = found.value
     along = str(value.dims[-1])
     names = [""] if value.ndim == 1 else [_label(str(value.dims[0]), v) for v in _coordinate(value, str(value.dims[0]))]

@@ -1,8 +1,8 @@
 """Make every measurement that a model allows, keep each as it comes, and say why the others are missing.
 
-    found = measure(subjects, Asked(examples=16), kept=Path("runs/catalogue"), entries=("logit_lens",), workers=2)
+    found = measure(subjects, Asked(examples=8), kept=Path("runs/catalogue"), entries=("logit_lens", "exchange"))
     found["automaton-loop"].measured["logit_lens"].value      # [depth]
-    found["automaton-twin"].missing["exchange"]               # "it takes 2 loops, and …"
+    found["automaton-twin"].missing["exchange"]               # "it takes 2 loops, …"
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from hooks import Unavailable
 from hooks.writing import written_whole
 from studies.questions.catalogue.entries import ENTRIES
-from studies.questions.catalogue.setting import Setting
+from studies.questions.catalogue.entries.setting import Setting
 from studies.questions.catalogue.subjects import Measurable
 
-VERSION = 2
+VERSION = 3
 """Changes when what is measured changes, so that nothing older is taken for it."""
 
 

@@ -10,7 +10,7 @@ import html
 from collections.abc import Mapping
 
 from studies.questions.catalogue.entries import ENTRIES
-from studies.questions.catalogue.entry import FAMILIES, Entry
+from studies.questions.catalogue.entries.entry import FAMILIES, CatalogueEntry
 from studies.questions.catalogue.figures import drawn
 from studies.questions.catalogue.measure import Found
 
@@ -62,7 +62,7 @@ def manual(figures: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _told(entry: Entry) -> str:
+def _told(entry: CatalogueEntry) -> str:
     rows = "".join(f"<dt>{part}</dt><dd>{html.escape(getattr(entry, part))}</dd>"
                    for part in PARTS if getattr(entry, part))
     return f"<dl>{rows}</dl>"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooks import HookedLoopMDM, LoopedModel
 from hooks.model.diffusion import corrupt
-from studies.questions.catalogue.setting import Setting
+from studies.questions.catalogue.entries.setting import Setting
 from studies.questions.stage_test.others import other_subjects
 from studies.questions.stage_test.subjects import Subject, task_examples
 from studies.results import file_hash

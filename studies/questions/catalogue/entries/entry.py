@@ -1,7 +1,6 @@
 """An entry of the catalogue: what a measurement is, and how it is made on a setting.
 
-    entry = Entry("logit_lens", "Logit lens", "Lenses", formula="…", range="…", meaning="…", pitfall="…", source="…",
-                  run=measure)
+    entry = ENTRIES["logit_lens"]
     found = entry.measure(setting)                            # a Dataset: value, and low, high, null where there are
 """
 
@@ -17,13 +16,13 @@ import xarray as xr
 from hooks import Unavailable
 from probes import over_examples
 from probes.intervals import jackknife
-from studies.questions.catalogue.setting import Setting
+from studies.questions.catalogue.entries.setting import Setting
 
 FAMILIES = ("Lenses", "Linear probes", "Causal effects", "Geometry", "Similarity", "Attention", "Stages")
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One measurement. ``run`` gives ``value`` over at most two dimensions: what differs, and along what; with ``low``
     and ``high`` (95%) and ``null``, what it would be if there were nothing to find."""
 
@@ -52,7 +51,7 @@ class Entry:
         return found
 
 
-def by_example(values: xr.DataArray, *, null: xr.DataArray | None = None) -> xr.Dataset:
+def example_mean(values: xr.DataArray, *, null: xr.DataArray | None = None) -> xr.Dataset:
     """The mean over ``example`` with its interval, beside the mean of a null over its examples."""
     found = over_examples(values)
     if null is not None:
@@ -60,7 +59,7 @@ def by_example(values: xr.DataArray, *, null: xr.DataArray | None = None) -> xr.
     return found
 
 
-def between(value: xr.DataArray, low: xr.DataArray | None = None, high: xr.DataArray | None = None,
+def with_interval(value: xr.DataArray, low: xr.DataArray | None = None, high: xr.DataArray | None = None,
             null: xr.DataArray | None = None) -> xr.Dataset:
     """A value whose interval is there already, or has none."""
     parts = {"value": value, "low": low, "high": high, "null": null}
@@ -74,7 +73,7 @@ def without_examples(statistic: Callable[[xr.DataArray], xr.DataArray], residual
     whole = statistic(residual)
     _, low, high = jackknife(lambda chosen: statistic(residual.isel(batch=chosen)).values, residual.sizes["batch"],
                              seed=seed)
-    return between(whole, whole.copy(data=low), whole.copy(data=high), null)
+    return with_interval(whole, whole.copy(data=low), whole.copy(data=high), null)
 
 
 def quantities(parts: dict[str, xr.DataArray], units: str = "") -> xr.DataArray:
