@@ -109,7 +109,9 @@ def _draw(found: Mapping[str, Found], folder: Path) -> None:
     figures = {key: drawn(ENTRIES[key], of_models) for key, of_models in there.items() if of_models}
     with written_whole(folder) as temporary:
         temporary.mkdir()
-        write_images(list(figures.values()), [temporary / f"{key}.svg" for key in figures])   # by one browser
+        write_images(list(figures.values()), [temporary / f"{key}.svg" for key in figures],       # by one browser
+                     width=[figure.layout.width for figure in figures.values()],
+                     height=[figure.layout.height for figure in figures.values()])
 
 
 def _write(found: Found, file: Path) -> None:

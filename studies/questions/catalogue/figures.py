@@ -63,7 +63,8 @@ def _curves(figure: go.Figure, entry: CatalogueEntry, found: xr.Dataset, place: 
             both = np.concatenate([part.high.values, part.low.values[::-1]])
             fine = np.isfinite(both)
             figure.add_scatter(x=np.concatenate([x, x[::-1]])[fine], y=both[fine], fill="toself", fillcolor=colour,
-                               opacity=0.15, line={"width": 0}, hoverinfo="skip", showlegend=False, **place)
+                               mode="lines", opacity=0.15, line={"width": 0}, hoverinfo="skip", showlegend=False,
+                               **place)
         figure.add_scatter(x=x, y=part.value.values, mode="lines+markers", line={"color": colour}, marker={"size": 5},
                            name=name, legendgroup=name, showlegend=bool(name) and first, **place)
         if "null" in part:
@@ -107,7 +108,7 @@ def _axis(figure: go.Figure, value: xr.DataArray, along: str, place: dict[str, i
         names = [("head" if i == 0 else "tail") if loops[i] < 0 else f"loop {loops[i]}" if looped else "mid"
                  for i in begins]
         figure.update_xaxes(tickvals=value.depth.values[begins], ticktext=names, tickangle=-45, **place)
-    elif value.sizes[along] <= MOST_CURVES + 2 and along != "dose":
+    elif value.sizes[along] <= MOST_CURVES + 2 and along not in ("dose", "alpha"):
         figure.update_xaxes(tickvals=_coordinate(value, along), **place)
 
 
