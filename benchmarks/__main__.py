@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import measurements, report
 from benchmarks.memory import import_ratio, peaks
 from benchmarks.speed import SMALL, WIDE, measure
 
@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"timing: {size.name} …", flush=True)
         times[size.name], compared = measure(size, rounds=options.rounds or (5 if options.quick else None))
         lines += compared
+    print("timing: measurements …", flush=True)
+    lines += measurements.measure(SMALL, rounds=options.rounds or (1 if options.quick else 9))
+    lines.append(measurements.probe_memory(processes=1 if options.quick else 3))
     print("memory and imports, in processes of their own …", flush=True)
     memory = peaks(LOOPS, processes=1 if options.quick else 3, batch=4 if options.quick else 32)
     lines += report.memory_lines(memory) + report.import_lines(*import_ratio(2 if options.quick else 9))

@@ -92,9 +92,9 @@ def _one_run(n_loops: int, kept: Kept, batch: int, pos: int, width: int, profile
     with torch.no_grad():
         model(tokens[:1], 1)
         if not profiled:
-            before = _resident_mb(afresh=True)
+            before = resident_mb(afresh=True)
             record()
-            return _resident_mb() - before
+            return resident_mb() - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             record()
     held = most = 0
@@ -105,7 +105,7 @@ def _one_run(n_loops: int, kept: Kept, batch: int, pos: int, width: int, profile
     return most / 2 ** 20
 
 
-def _resident_mb(*, afresh: bool = False) -> float:
+def resident_mb(*, afresh: bool = False) -> float:
     """The process's peak resident size so far; ``afresh`` forgets earlier peaks first, where the system can.
 
     Linux counts a new process's ``ru_maxrss`` from its parent's size, so there the kernel's own mark is read.

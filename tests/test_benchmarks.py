@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import measurements, report
 from benchmarks.memory import Kept, Peak, peaks
 from benchmarks.plain import PlainLoopMDM
 from benchmarks.speed import TINY, Comparison, build, measure
@@ -90,3 +90,18 @@ def test_the_tables_are_written_between_the_markers_of_their_page(tmp_path: Path
     assert report.memory_table(memory) in text
     assert "| small | a | " in text
     assert "last week" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_measurements_and_their_peers_say_the_same() -> None:
+    lines = measurements.measure(TINY, rounds=1)
+    assert [line.target for line in lines] == [1 / 20, 0.4, 0.4, 1, 0.1]
+    assert all(line.ratio.median > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_the_memory_of_probes_is_measured_against_what_they_read() -> None:
+    line = measurements.probe_memory(examples=64, pos=32, width=64, processes=1)
+    assert line.target == 2
+    assert 0.5 < line.ratio.median < 20          # at least a good part of the recording is held
