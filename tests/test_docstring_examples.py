@@ -39,7 +39,8 @@ FORMULAS = {"hooks/model/loopmdm.py": "H(0) = head(tokens)", "studies/questions/
 
 BOUND_ONLY = {
     "app/compute.py", "app/data.py", "app/selection.py", "app/show.py",                  # belong to a page
-    "benchmarks/memory.py", "benchmarks/report.py", "benchmarks/speed.py", "benchmarks/timing.py",  # take minutes
+    "benchmarks/measurements.py", "benchmarks/memory.py", "benchmarks/report.py", "benchmarks/speed.py",  # take minutes
+    "benchmarks/timing.py",
     "hooks/bridges/checkpoints.py", "studies/tasks/brown.py",                            # files of other people
     "hooks/foreign/adopt.py", "hooks/foreign/architectures.py", "hooks/foreign/firings.py",
     "hooks/foreign/loopify.py", "hooks/foreign/watching.py", "hooks/foreign/replay.py", "hooks/foreign/discovery.py",

@@ -18,7 +18,7 @@ from studies.questions.catalogue.entries import ENTRIES
 from studies.questions.catalogue.entries.entry import FAMILIES
 from studies.questions.catalogue.entries.setting import Setting
 from studies.questions.catalogue.figures import drawn
-from studies.questions.catalogue.measure import Asked, measure, plain
+from studies.questions.catalogue.measure import Asked, measure, storable
 from studies.questions.catalogue.page import manual, page
 from studies.questions.catalogue.subjects import measurable
 from tests.small_zoo import TASK, make_zoo
@@ -53,7 +53,7 @@ def test_every_entry_measures_a_looped_model_and_says_what_it_is(key: str, setti
     assert bool(entry.null) == ("null" in found)
     assert entry.family in FAMILIES
     assert all((entry.formula, entry.range, entry.meaning, entry.pitfall, entry.source))
-    assert len(drawn(entry, {"one": plain(found), "two": plain(found)}).data) >= 2
+    assert len(drawn(entry, {"one": storable(found), "two": storable(found)}).data) >= 2
 
 
 @pytest.mark.slow

@@ -97,12 +97,12 @@ def _make(key: str, setting: Setting, folder: Path) -> None:
     told = {"seconds": round(time.monotonic() - began, 2), "missing": reason}
     if found is not None:
         with written_whole(folder / f"{key}.nc") as temporary:
-            plain(found).to_netcdf(temporary, engine="h5netcdf")
+            storable(found).to_netcdf(temporary, engine="h5netcdf")
     with written_whole(folder / f"{key}.json") as temporary:
         temporary.write_text(json.dumps(told))
 
 
-def plain(found: xr.Dataset) -> xr.Dataset:
+def storable(found: xr.Dataset) -> xr.Dataset:
     """What a file can hold of a measurement: its values, its axes with layers and loops, and what they mean."""
     kept = found.drop_vars([name for name in found.coords if name not in found.indexes
                             and str(name).removesuffix("_b") not in ("layer", "loop")])
