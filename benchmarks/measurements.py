@@ -35,7 +35,7 @@ EQUAL = 0.01
 def measure(size: Size, *, rounds: int) -> list[Comparison]:
     """The speed targets on one model. AssertionError where two contenders do not measure the same.
 
-    Sharing what precedes an edit saves (D + 1) ÷ 2D of D layers, no more than half; what a scan gains beyond that is
+    Sharing what precedes an edit saves (D + 1) ÷ 2 of D layers, about half; what a scan gains beyond that is
     the batching of edits, which shows where a forward is small. So the scan is timed on two examples, too.
     """
     two = replace(size, batch=2)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooks import HookedLoopMDM, LoopedModel
+from hooks import HookedLoopMDM
 from hooks.model.diffusion import corrupt
 from studies.questions.catalogue.entries.setting import Setting
 from studies.questions.stage_test.others import other_subjects
@@ -105,8 +105,7 @@ def _own(model: str, tokens: Path) -> Measurable:
 
 
 def _own_setting(model: str, tokens: Path, examples: int, t: float, n_loops: int, seed: int) -> Setting:
-    loaded: LoopedModel = HookedLoopMDM.from_pretrained(model)
-    assert isinstance(loaded, HookedLoopMDM)
+    loaded = HookedLoopMDM.from_pretrained(model)
     clean = _clean_tokens(tokens)[:examples]
     levels = torch.full((len(clean),), t)
     noised = corrupt(clean, levels, loaded.config.mask_token_id, generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from hooks import Unavailable
@@ -39,7 +38,6 @@ class CatalogueEntry:
     matrix: bool = False            # drawn as a map, not as curves
     loops: int = 1                  # that a run needs for this
 
-
     def measure(self, setting: Setting) -> xr.Dataset:
         """``run``, or Unavailable or ValueError with the reason why this model, or these inputs, do not allow it."""
         n_loops = setting.run.context.topology.n_loops
@@ -60,31 +58,30 @@ def example_mean(values: xr.DataArray, *, null: xr.DataArray | None = None) -> x
 
 
 def with_interval(value: xr.DataArray, low: xr.DataArray | None = None, high: xr.DataArray | None = None,
-            null: xr.DataArray | None = None) -> xr.Dataset:
+                  null: xr.DataArray | None = None) -> xr.Dataset:
     """A value whose interval is there already, or has none."""
     parts = {"value": value, "low": low, "high": high, "null": null}
     return xr.Dataset({name: part.drop_vars([key for key in part.coords if key not in part.indexes and part[key].ndim
                                              == 0]) for name, part in parts.items() if part is not None})
 
 
-def without_examples(statistic: Callable[[xr.DataArray], xr.DataArray], residual: xr.DataArray, seed: int,
-                     null: xr.DataArray | None = None) -> xr.Dataset:
+def without_examples(statistic: Callable[[xr.DataArray], xr.DataArray], residual: xr.DataArray,
+                     seed: int) -> xr.Dataset:
     """A statistic of the residual streams of all examples together, its interval by leaving examples out."""
     whole = statistic(residual)
     _, low, high = jackknife(lambda chosen: statistic(residual.isel(batch=chosen)).values, residual.sizes["batch"],
                              seed=seed)
-    return with_interval(whole, whole.copy(data=low), whole.copy(data=high), null)
+    return with_interval(whole, whole.copy(data=low), whole.copy(data=high))
 
 
-def quantities(parts: dict[str, xr.DataArray], units: str = "") -> xr.DataArray:
+def quantities(parts: dict[str, xr.DataArray]) -> xr.DataArray:
     """Several values along a first dimension, ``quantity``."""
     found: Any = xr.concat(list(parts.values()), "quantity", coords="minimal", compat="override",
                            combine_attrs="override")
-    found = found.assign_coords(quantity=list(parts))
-    return found.assign_attrs(units=units) if units else found
+    named: xr.DataArray = found.assign_coords(quantity=list(parts))
+    return named
 
 
 def averaged(values: xr.DataArray, over: Sequence[str]) -> xr.DataArray:
     """The mean over some dimensions, NaN left out, attributes kept."""
-    with np.errstate(all="ignore"):
-        return values.mean(list(over), keep_attrs=True)
+    return values.mean(list(over), keep_attrs=True)

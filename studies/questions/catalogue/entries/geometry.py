@@ -191,13 +191,13 @@ GEOMETRY = (
     CatalogueEntry("far_state", "Distance to the far state", "Geometry",
         f"‖X_k − X*‖ ÷ ‖X*‖, X* the state after {FAR} times as many loops", "0 and above",
         "Whether the loop has arrived where it is going.",
-        "X* is a fixed point only if the state stays there, which a state that grows does not.", "2604.11791", _arrival,
-        LINE, loops=2),
+        "X* is a fixed point only if the state stays there, which a state that grows does not. An untrained "
+        "model and a straight line come nearer in the same way.", "2604.11791", _arrival, LINE, loops=2),
     CatalogueEntry("contraction", "Law of contraction", "Geometry",
         "least squares of log distance against k (exponential) and against log(k + 1) (power law)",
         "factor 0 and above, R² up to 1", "Whether a distance falls by a factor per loop, or as 1 ÷ k.",
-        "Few loops tell the two laws apart badly; a factor means something only where the exponential fits better.",
-        "2604.11791", _laws, LINE, loops=2),
+        "Few loops tell the two laws apart badly: an untrained model and a straight line fit both; a factor "
+        "means something only where the exponential fits better.", "2604.11791", _laws, LINE, loops=2),
     CatalogueEntry("token_classes", "Settled, cyclic, drifting", "Geometry",
         f"by cos(X_k, X*) and cos(X_k, X_(k−p)) over the last of {LONG} loops or more", "0 to 1",
         "What share of positions comes to rest, turns in a cycle, or drifts.",

@@ -151,8 +151,9 @@ LENSES = (
     CatalogueEntry("settled", "Settling", "Lenses",
         "share of scored positions whose prediction from loop k on is the last loop's", "0 to 1",
         "In which loop positions are decided, for good.",
-        "The last loop has always settled. Of a model that stops early it says nothing about whether it would"
-        " have changed its mind.", "2604.07822", _settled, LINE, loops=2),
+        "The last loop has always settled, and a model that always answers the same from the start on: "
+        "untrained ones too. Of a model that stops early it says nothing about whether it would have changed "
+        "its mind.", "2604.07822", _settled, LINE, loops=2),
     CatalogueEntry("found_and_lost", "Found and lost", "Lenses",
         "shares of positions: wrong after loop 0 and right at the end; right after some loop and wrong at the end",
         "0 to 1", "What later loops mend, and what they spoil (overthinking).",

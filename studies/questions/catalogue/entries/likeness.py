@@ -34,8 +34,9 @@ def _twin(setting: Setting) -> xr.Dataset:
 LIKENESS = (
     CatalogueEntry("cka", "CKA", "Similarity", "HSIC(K, L) ÷ √(HSIC(K, K) HSIC(L, L)), unbiased, linear kernels",
         "about 0 to 1", "Whether two depths hold the same geometry, up to rotation and scale.",
-        "High wherever one direction dominates. Examples are the units: positions of one example are no "
-        "independent points.", "1905.00414, Song et al. 2012", _within("cka"), matrix=True),
+        "High wherever one direction dominates: near 1 between all depths of untrained models. Examples are "
+        "the units: positions of one example are no independent points.", "1905.00414, Song et al. 2012",
+        _within("cka"), matrix=True),
     CatalogueEntry("procrustes", "Procrustes", "Similarity", "‖XᵀY‖_* of centred states of norm 1", "0 to 1",
         "Whether one rotation carries the states of one depth onto those of the other.",
         "Above 0 for unrelated states: the more so, the fewer they are for the dimensions.",

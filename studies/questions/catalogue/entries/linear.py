@@ -108,8 +108,8 @@ PROBES = (
     CatalogueEntry("noise_probe", "Probe of the noise level", "Linear probes",
         "R² = 1 − Σ(y − ŷ)² ÷ Σ(y − ȳ)², y the share of scored positions of an example", "1 and below",
         "Whether a state says how much of the input is masked.",
-        "Of held-out examples, so below 0 is possible: worse than the mean.", "ours", _noise,
-        "the same probe, fitted to the values of other examples"),
+        "Of held-out examples, so few of them give values below 0, worse than the mean. Untrained models tell"
+        " it, too.", "ours", _noise, "the same probe, fitted to the values of other examples"),
     CatalogueEntry("transfer", "Transfer of a probe", "Linear probes",
         "accuracy at one (loop, layer) of the probe that was trained at another", "0 to 1",
         "Whether loops keep a variable in the same directions.",
